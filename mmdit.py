@@ -1,0 +1,545 @@
+"""THE NETWORK: AuraFlow's MMDiT, a transformer from (noisy image, time, text) to a velocity.
+
+    image (B, C, H, W) --patchify--> image tokens (B, N, D)   + positions
+    text  (B, T, E)    ------------> text tokens  (B, R+T, D)   R register tokens come first
+    t     (B,)         --sinusoids, MLP--> cond (B, D)          steers every block (adaLN)
+
+    double blocks   two streams with weights of their own attend to each other   (SD3's MMDiT)
+    single blocks   one stream [text, image] shares its weights                  (DiT)
+    modulate, linear, unpatchify --> velocity (B, C, H, W)
+
+Shapes: B batch, C channels, H x W image, p patch side, N = (H/p)(W/p) image tokens, T text tokens,
+R registers, D width (dim), h heads, d = D/h head_dim, E text features, L tokens of a sequence.
+
+Sources: SD3 (Esser et al. 2024, arXiv 2403.03206) for the double block, DiT (Peebles & Xie 2022,
+2212.09748) for adaLN-zero and the single block, AuraFlow (Fal 2024) for their mix and the muP
+table, Tensor Programs V (Yang et al. 2022, 2203.03466) for muP, registers: 2309.16588.
+Imports nothing of ours: the network does not know the flow.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+# ------------------------------------------------------------------------------------------------
+
+RESIDUALS = ("prenorm", "auraflow")
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The shape of a network. A bad value raises ValueError: the field, the value, the rule."""
+
+    in_channels: int = 4  # C: 4 for SDXL-VAE latents, 3 for RGB pixels, 1 for digits
+    patch_size: int = 2  # p: a token is a p x p square; C*p*p values should not exceed dim
+    dim: int = 3072  # D: the width
+    head_dim: int = 256  # d: fixed while dim grows (muP), so heads = dim / head_dim
+    n_layers: int = 36  # double and single blocks together
+    n_double_layers: int = 4  # how many of them are double; they come first
+    text_dim: int = 2048  # E: features per text token (2048: pile-T5-XL)
+    max_grid: int = 64  # rows and columns of the position table; smaller grids use its centre
+    n_registers: int = 8  # R: learned tokens in front of the text; 0 for none
+    mlp_multiple_of: int = 256  # the MLP's hidden width is 8/3 dim rounded up to a multiple
+    residual: str = "prenorm"  # "prenorm" or "auraflow", see Stream.update
+    base_dim: int = 256  # the width at which muP's multipliers are 1
+
+    def __post_init__(self):
+        for field in ("in_channels", "patch_size", "dim", "head_dim", "n_layers", "text_dim"):
+            self._require(field, getattr(self, field) >= 1, "must be at least 1")
+        for field in ("max_grid", "mlp_multiple_of", "base_dim"):
+            self._require(field, getattr(self, field) >= 1, "must be at least 1")
+        self._require("n_registers", self.n_registers >= 0, "must not be negative")
+        double_fits = 0 <= self.n_double_layers <= self.n_layers
+        self._require("n_double_layers", double_fits, f"must lie in 0..n_layers={self.n_layers}")
+        divides = self.dim % self.head_dim == 0
+        self._require("head_dim", divides, f"must divide dim={self.dim}")
+        divides = self.dim % 4 == 0
+        self._require("dim", divides, "must be a multiple of 4 (sines of two axes)")
+        whole_heads = self.base_dim % self.head_dim == 0
+        rule = f"must be a multiple of head_dim={self.head_dim}, which muP keeps fixed"
+        self._require("base_dim", whole_heads, rule)
+        self._require("residual", self.residual in RESIDUALS, f"must be one of {RESIDUALS}")
+
+    def _require(self, field: str, holds: bool, rule: str):
+        if not holds:
+            raise ValueError(f"MMDiTConfig.{field} = {getattr(self, field)!r} {rule}")
+
+    @property
+    def n_heads(self) -> int:
+        return self.dim // self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the SwiGLU: 8/3 dim, so that 3 matrices cost what 2 of 4 dim would."""
+        return math.ceil(int(8 * self.dim / 3) / self.mlp_multiple_of) * self.mlp_multiple_of
+
+    @property
+    def patch_values(self) -> int:
+        return self.in_channels * self.patch_size**2
+
+
+# Every preset has base_dim 256, so one base learning rate serves them all. Channels, patch, text
+# and grid follow the data: a trainer sets them with dataclasses.replace.
+PRESETS = {
+    # chapter 1: four layers, 16 large patches and no registers: two CPU cores count every token
+    "digits": MMDiTConfig(
+        in_channels=1, patch_size=7, dim=96, head_dim=32, n_layers=4, n_double_layers=0,
+        text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
+    ),
+    "digits-wide": MMDiTConfig(
+        in_channels=1, patch_size=4, dim=256, head_dim=32, n_layers=6, n_double_layers=0,
+        text_dim=11, max_grid=8, n_registers=0, mlp_multiple_of=32,
+    ),
+    # chapter 2: the same network, from a laptop to AuraFlow
+    "tiny": MMDiTConfig(
+        dim=128, head_dim=64, n_layers=6, n_double_layers=1, text_dim=128, mlp_multiple_of=64
+    ),
+    "0.2b": MMDiTConfig(dim=768, n_layers=16, n_double_layers=2),
+    "1b": MMDiTConfig(dim=1536, n_layers=20, n_double_layers=3),
+    "auraflow-6.8b": MMDiTConfig(residual="auraflow"),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------
+# Small parts
+# ------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector"."""
+
+    def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False):
+        super().__init__(fan_in, fan_out, bias=bias)
+        self.role = role
+
+    def reset_parameters(self):
+        pass  # MMDiT.init_weights sets every weight once, by role
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis without weights, eps 1e-5; statistics in fp32, also for bf16."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift: adaLN. x (B, L, D); shift, scale (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) → (B, N, C·p·p): one token a patch, row by row, its values ordered (c, p, q)."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """(B, N, C·p·p) → (B, C, H, W): the inverse of patchify. AuraFlow unpacks (p, q, c) instead."""
+    B, h, w = tokens.shape[0], height // patch, width // patch
+    x = tokens.view(B, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, -1, height, width)
+
+
+def sines_2d(grid: int, dim: int) -> Tensor:
+    """(grid·grid, dim) fp32: half of the features tell the row, half the column (MAE, ViT).
+
+    Frequencies run from 1 down to 1/grid² radians a step: neighbours differ, and ends do too.
+    """
+    frequencies = torch.exp(-math.log(grid**2) * torch.arange(dim // 4) / (dim // 4))
+    angles = torch.arange(grid)[:, None] * frequencies  # (grid, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(grid * grid, dim)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W₁) ⊙ x W₂) W₃ (Shazeer 2020, 2002.05202); W₁ and W₂ are one matrix."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up = Linear(dim, 2 * hidden, role="hidden")  # rows: [gate; value]
+        self.down = Linear(hidden, dim, role="hidden")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in [0, 1] → cond (B, D): 256 sinusoids of 1000·t (cosines first), Linear-SiLU-Linear.
+
+    The sinusoids are fp32 whatever the weights are: bf16 would round t = 0.999 to 1. The buffer is
+    an integer, so `.bfloat16()` cannot touch it. The SiLU that opens every modulation is done here,
+    once.
+    """
+
+    N_SINUSOIDS = 256
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.lift = Linear(self.N_SINUSOIDS, dim, role="input", bias=True)
+        self.mix = Linear(dim, dim, role="hidden", bias=True)
+        self.register_buffer("index", torch.arange(self.N_SINUSOIDS // 2), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = torch.exp(-math.log(10000) / len(self.index) * self.index.float())  # (128,)
+        angles = 1000 * t.float()[:, None] * frequencies  # (B, 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
+        return F.silu(self.mix(F.silu(self.lift(sinusoids.to(self.lift.weight.dtype)))))
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks: a Stream owns weights, a block decides who attends to whom
+# ------------------------------------------------------------------------------------------------
+
+
+class Modulation(NamedTuple):
+    """What the time says to one half of a block, each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Stream(nn.Module):
+    """The weights through which one token sequence passes a block: adaLN, q k v, output, MLP."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.residual = config.residual
+        self.modulation = Linear(dim, 6 * dim, role="modulation")
+        self.qkv = Linear(dim, 3 * dim, role="hidden")  # rows: [q; k; v]
+        self.out = Linear(dim, dim, role="hidden")
+        self.mlp = SwiGLU(dim, config.mlp_dim)
+
+    def modulations(self, cond: Tensor) -> tuple[Modulation, Modulation]:
+        """cond (B, D) → the triple for attention and the triple for the MLP."""
+        six = self.modulation(cond)[:, None].chunk(6, dim=-1)  # 6 of (B, 1, D)
+        return Modulation(*six[:3]), Modulation(*six[3:])
+
+    def heads(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) → q, k, v, each (B, h, L, d); q and k normed per head (2302.05442)."""
+        qkv = self.qkv(modulate(norm(x), mod.shift, mod.scale))
+        q, k, v = split_heads(qkv, 3, self.head_dim)
+        return norm(q), norm(k), v
+
+    def update(self, x: Tensor, attended: Tensor, attn: Modulation, mlp: Modulation) -> Tensor:
+        """x (B, L, D) after attention (its heads joined, (B, L, D)) and the MLP.
+
+        prenorm:   x ← x + g·attention;      x ← x + g·mlp(mod(norm(x)))     (DiT)
+        auraflow:  y = x + g·attention;      x ← x + g·mlp(mod(norm(y)))
+        In AuraFlow the attention never enters the residual stream itself, only through the MLP.
+        """
+        y = torch.addcmul(x, attn.gate, self.out(attended))
+        stem = y if self.residual == "prenorm" else x
+        return torch.addcmul(stem, mlp.gate, self.mlp(modulate(norm(y), mlp.shift, mlp.scale)))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * self.modulation.weight.numel() + 2 * tokens * sum(
+            w.numel() for w in (self.qkv.weight, self.out.weight, *self.mlp.parameters())
+        )
+
+
+class KeyValueStream(nn.Module):
+    """The text's part in a last double block that no single block follows: read, never updated.
+
+    Its queries, output and MLP would change tokens that nobody looks at, and get no gradient.
+    """
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.modulation = Linear(config.dim, 2 * config.dim, role="modulation")  # shift, scale
+        self.kv = Linear(config.dim, 2 * config.dim, role="hidden")  # rows: [k; v]
+
+    def heads(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
+        k, v = split_heads(self.kv(modulate(norm(x), shift, scale)), 2, self.head_dim)
+        return norm(k), v
+
+    def flops(self, tokens: int) -> int:
+        return 2 * self.modulation.weight.numel() + 2 * tokens * self.kv.weight.numel()
+
+
+def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
+    """(B, L, parts·D) → `parts` tensors (B, h, L, d)."""
+    B, L, _ = x.shape
+    return x.view(B, L, parts, -1, head_dim).transpose(1, 3).unbind(2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, h, L, d) → (B, L, D)."""
+    B, _, L, _ = x.shape
+    return x.transpose(1, 2).reshape(B, L, -1)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image keep separate weights and attend over both (SD3, Fig. 2b)."""
+
+    def __init__(self, config: MMDiTConfig, text_is_last: bool = False):
+        super().__init__()
+        self.image = Stream(config)
+        self.text = KeyValueStream(config) if text_is_last else Stream(config)
+
+    def forward(self, text: Tensor, image: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        image_attn, image_mlp = self.image.modulations(cond)
+        q, k, v = self.image.heads(image, image_attn)
+        if isinstance(self.text, KeyValueStream):
+            text_k, text_v = self.text.heads(text, cond)
+        else:
+            text_attn, text_mlp = self.text.modulations(cond)
+            text_q, text_k, text_v = self.text.heads(text, text_attn)
+            q = torch.cat([text_q, q], dim=2)
+        k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
+        attended = join_heads(F.scaled_dot_product_attention(q, k, v))
+        if not isinstance(self.text, KeyValueStream):
+            L = text.shape[1]
+            text = self.text.update(text, attended[:, :L], text_attn, text_mlp)
+            attended = attended[:, L:]
+        return text, self.image.update(image, attended, image_attn, image_mlp)
+
+
+class SingleBlock(nn.Module):
+    """One stream over [text, image]: a DiT block."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.stream = Stream(config)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        attn, mlp = self.stream.modulations(cond)
+        attended = F.scaled_dot_product_attention(*self.stream.heads(tokens, attn))
+        return self.stream.update(tokens, join_heads(attended), attn, mlp)
+
+
+# ------------------------------------------------------------------------------------------------
+# muP: how initialisation, learning rate and weight decay follow the width
+# ------------------------------------------------------------------------------------------------
+
+
+class Role(NamedTuple):
+    """A parameter's row in muP's table (Tensor Programs V, Table 8, for AdamW)."""
+
+    init: str  # "fan_in": N(0, 1/fan_in); "zero"; "own": set by name in init_weights
+    decays: bool  # whether weight decay applies
+
+
+# m = fan_in / (fan_in at base_dim). Adam moves every entry of a matrix by about the learning rate,
+# and fan_in of such moves add up in each output: so the rate of a matrix falls as 1/m. Weight decay
+# grows as m, because AdamW multiplies it by the rate. A fan_in that does not grow has m = 1.
+ROLES = {
+    "hidden": Role(init="fan_in", decays=True),  # D → D: lr/m, decay·m
+    "modulation": Role(init="zero", decays=True),  # adaLN-zero: lr/m, decay·m
+    "output": Role(init="zero", decays=True),  # D → patch: lr/m, decay·m
+    "input": Role(init="fan_in", decays=True),  # patch → D, sinusoids → D: m = 1
+    "text": Role(init="zero", decays=True),  # text features → D: m = 1
+    "vector": Role(init="own", decays=False),  # biases, positions, registers: lr, no decay
+}
+
+# ------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------
+
+
+class MMDiT(nn.Module):
+    """velocity = MMDiT(config)(x, t, text); see the file's head for the picture."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.config = config
+        D, n_double = config.dim, config.n_double_layers
+        n_single = config.n_layers - n_double
+        self.patch_embed = Linear(config.patch_values, D, role="input", bias=True)
+        self.positions = nn.Parameter(torch.empty(config.max_grid**2, D))
+        self.registers = nn.Parameter(torch.empty(config.n_registers, D))
+        if config.n_registers == 0:
+            self.registers = None
+        self.text_embed = Linear(config.text_dim, D, role="text")
+        self.time_embed = TimeEmbedding(D)
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config, text_is_last=n_single == 0 and i == n_double - 1)
+            for i in range(n_double)
+        )
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(n_single))
+        self.final_modulation = Linear(D, 2 * D, role="modulation")  # shift, scale
+        self.final = Linear(D, config.patch_values, role="output")
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every weight, once: by its role, then the three that have a rule of their own."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                if ROLES[module.role].init == "fan_in":
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                else:  # adaLN-zero: every block starts as the identity, the output as 0
+                    nn.init.zeros_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Sines, where AuraFlow has N(0, 0.1²): objects cohere much earlier when patches know at the
+        # start who is next to whom. Learned from there on.
+        self.positions.copy_(sines_2d(self.config.max_grid, self.config.dim))
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The velocity at x_t.
+
+        x (B, C, H, W) any float dtype; H and W multiples of the patch, at most max_grid patches.
+        t (B,) fp32 in [0, 1], 0 = data, 1 = noise. text (B, T, text_dim); padded rows are zero (no
+        mask). Returns (B, C, H, W) in the dtype of the weights.
+        Raises ValueError if a shape does not fit the config.
+        """
+        B, C, H, W = x.shape
+        self._check(C, H, W, text)
+        dtype, patch = self.patch_embed.weight.dtype, self.config.patch_size
+        cond = self.time_embed(t)  # (B, D)
+        image = self.patch_embed(patchify(x.to(dtype), patch))  # (B, N, D)
+        image = image + self.grid_positions(H // patch, W // patch)  # (B, N, D)
+        text = self.text_embed(text.to(dtype))  # (B, T, D)
+        if self.registers is not None:
+            text = torch.cat([self.registers.expand(B, -1, -1), text], dim=1)  # (B, R+T, D)
+        for block in self.double_blocks:
+            text, image = block(text, image, cond)
+        if self.single_blocks:
+            tokens = torch.cat([text, image], dim=1)  # (B, R+T+N, D)
+            for block in self.single_blocks:
+                tokens = block(tokens, cond)
+            image = tokens[:, text.shape[1] :]  # (B, N, D)
+        shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)
+        if self.config.residual == "prenorm":
+            image = norm(image)  # as in DiT; AuraFlow has no norm here
+        return unpatchify(self.final(modulate(image, shift, scale)), patch, H, W)
+
+    def grid_positions(self, rows: int, columns: int) -> Tensor:
+        """(rows·columns, D): the centre of the position table, so any grid shares its middle."""
+        grid = self.config.max_grid
+        top, left = grid // 2 - rows // 2, grid // 2 - columns // 2
+        table = self.positions.view(grid, grid, -1)
+        return table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
+
+    def _check(self, channels: int, height: int, width: int, text: Tensor):
+        patch, largest = self.config.patch_size, self.config.patch_size * self.config.max_grid
+        if channels != self.config.in_channels:
+            raise ValueError(f"x has {channels} channels, the model {self.config.in_channels}")
+        if height % patch or width % patch:
+            raise ValueError(
+                f"image size {height}x{width} must be a multiple of patch_size={patch}"
+            )
+        if max(height, width) > largest:
+            raise ValueError(f"image size {height}x{width} exceeds max_grid·patch_size={largest}")
+        if text.ndim != 3 or text.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"text has shape {tuple(text.shape)}, must be (B, T, {self.config.text_dim})"
+            )
+
+    def compile_blocks(self, **kwargs):
+        """Compile each block in place: one region reused by all layers, keys unchanged.
+
+        kwargs go to torch.compile; shapes are static and graph breaks are errors.
+        """
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.compile(fullgraph=True, dynamic=False, **kwargs)
+
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, parametrization: str = "mup"
+    ) -> list[dict]:
+        """Groups for AdamW, one for each distinct (lr, weight_decay); every parameter once.
+
+        "mup": lr and weight_decay hold at base_dim, and ROLES says how they follow the width.
+        "standard": the same lr and decay at every width, for comparison.
+        """
+        if parametrization not in ("mup", "standard"):
+            raise ValueError(f"parametrization = {parametrization!r} must be 'mup' or 'standard'")
+        with torch.device("meta"):  # the same network at the base width: shapes without memory
+            base = MMDiT(replace(self.config, dim=self.config.base_dim))
+        groups = {}
+        for name, parameter in self.named_parameters():
+            m, decays = 1.0, ROLES[self.role(name)].decays
+            if parametrization == "mup" and self.role(name) != "vector":
+                m = parameter.shape[1] / base.get_parameter(name).shape[1]  # fan_in ratio
+            key = (lr / m, weight_decay * m if decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": params, "lr": rate, "weight_decay": decay}
+            for (rate, decay), params in groups.items()
+        ]
+
+    def role(self, parameter_name: str) -> str:
+        """The row of ROLES for a parameter: its Linear's role; "vector" for what is no matrix."""
+        owner, _, kind = parameter_name.rpartition(".")
+        module = self.get_submodule(owner)
+        return module.role if isinstance(module, Linear) and kind == "weight" else "vector"
+
+    def flops_per_image(self, height: int, width: int, text_tokens: int) -> int:
+        """Forward FLOPs of one image (a multiply-add is 2); training costs three times as much.
+
+        Matrix products only, exactly as torch's FlopCounterMode counts them. Modulations and time
+        meet their weights once an image, not once a token.
+        """
+        config, D = self.config, self.config.dim
+        N = (height // config.patch_size) * (width // config.patch_size)
+        L = text_tokens + config.n_registers
+        total = 2 * (self.time_embed.lift.weight.numel() + self.time_embed.mix.weight.numel())
+        total += 2 * N * (self.patch_embed.weight.numel() + self.final.weight.numel())
+        total += 2 * text_tokens * self.text_embed.weight.numel()
+        total += 2 * self.final_modulation.weight.numel()
+        for block in self.double_blocks:
+            queries = N if isinstance(block.text, KeyValueStream) else N + L
+            total += block.image.flops(N) + block.text.flops(L) + 4 * queries * (N + L) * D
+        for block in self.single_blocks:
+            total += block.stream.flops(N + L) + 4 * (N + L) ** 2 * D  # q·kᵀ and weights·v
+        return total
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def save_model(path: str | Path, model: MMDiT, **sections):
+    """Write path/model.safetensors and path/config.json; each replaced whole or not at all.
+
+    config.json holds {"model": the MMDiTConfig, **sections}: further sections are the caller's.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, path / "model.safetensors.partial")
+    config = {"model": asdict(model.config), **sections}
+    (path / "config.json.partial").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("model.safetensors", "config.json"):
+        os.replace(path / f"{name}.partial", path / name)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> MMDiT:
+    """The model that save_model wrote, in eval mode.
+
+    Raises FileNotFoundError if a file is missing, ValueError if weights and config do not match.
+    """
+    path = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no {name}: give the folder of a finished run")
+    config = json.loads((path / "config.json").read_text())
+    try:
+        model = MMDiT(MMDiTConfig(**config["model"]))
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: weights and config.json do not match: {error}") from error
+    return model.to(device).eval()
