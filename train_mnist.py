@@ -1,0 +1,520 @@
+"""CHAPTER 1: train a rectified flow on digits, on one device, in minutes.
+
+    python train_mnist.py                          MNIST, or glyphs where it cannot be downloaded
+    python train_mnist.py --dataset cifar10        colour
+    python train_mnist.py --dataset folder --data-dir my_images --size 32
+    python train_mnist.py --resume                 continue where the last run stopped
+    python train_mnist.py --dry-run                the whole path in one step
+
+What comes out, in --out: samples.png (a column a class), samples.gif (from noise to digit),
+loss.png, log.csv, model.safetensors + config.json (the averaged weights), checkpoint.pt.
+Read the loop in train(): everything else in this file serves it.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rf
+from data_mnist import SOURCES, Batches, ImageSet, OneHotText, load_images, to_bytes, to_unit
+from mmdit import PRESETS, MMDiT, MMDiTConfig, save_model
+
+LOG_EVERY = 20  # steps in a row of log.csv
+LOG_COLUMNS = ("step", "loss", "grad_norm", "lr")
+BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
+CLIP = 1.0  # global gradient norm
+CAPTION_DROPOUT = 0.1  # share of samples that learn the unconditional velocity, for guidance
+T_BINS = 10  # bars of the loss-against-t picture
+
+# What a device can do in a few minutes. On two CPU cores a token is the currency.
+DEFAULTS = {
+    "cpu": {"preset": "digits", "batch_size": 64, "steps": 7500},
+    "gpu": {"preset": "digits-wide", "batch_size": 256, "steps": 20000},
+}
+
+
+def train(args: argparse.Namespace, dataset: ImageSet, device: torch.device, out: Path) -> "Run":
+    """The loop. Stops early, cleanly, on Ctrl-C or SIGTERM; raises FloatingPointError on NaN."""
+    run = Run(args, dataset, device)
+    if args.resume:
+        run.load(out / "checkpoint.pt")
+    run.log.open(out / "log.csv")
+    batches = Batches(
+        dataset, args.batch_size, seed=args.seed, flip=args.dataset == "cifar10",
+        dropout=CAPTION_DROPOUT, device=device,
+    )  # fmt: skip
+    stop = StopSignal()
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", desc="training", smoothing=0.05)
+    with bar, stop:
+        while run.step < args.steps and not stop.requested:
+            batch = batches[run.step]
+            train_step(run, batch, learning_rate(args, run.step))
+            run.step += 1
+            run.ema.update(run.step)
+            if run.step % LOG_EVERY == 0:
+                run.log.send(run.step)
+                show(bar, run, args.batch_size)
+            if run.step % args.checkpoint_every == 0 and run.step < args.steps:
+                run.save(out / "checkpoint.pt")
+            bar.update()
+    run.save(out / "checkpoint.pt")
+    if stop.requested:
+        print(f"stopped at step {run.step} of {args.steps}; add --resume to continue")
+    return run
+
+
+def train_step(run: "Run", batch, lr_scale: float):
+    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². Reads nothing back from the device."""
+    t = rf.sample_time(
+        len(batch.data), shift=run.args.shift, stratified=True, generator=batch.generator,
+        device=batch.data.device,
+    )  # fmt: skip
+    noise = torch.randn(batch.data.shape, generator=batch.generator, device=batch.data.device)
+    text = run.text(batch.labels)
+    loss = rf.rf_loss(run.model, batch.data, text, t=t, noise=noise).mean()
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP)
+    for group, base_lr in zip(run.optimizer.param_groups, run.base_lrs, strict=True):
+        group["lr"] = base_lr * lr_scale
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.log.write(run.step, loss.detach(), grad_norm)
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """The share of the base rate at a step (from 0): linear warm-up, then a line down to zero."""
+    return min((step + 1) / args.warmup_steps, 1) * (1 - step / args.steps)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run: everything that changes while training, and its checkpoint
+# ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Model, optimizer, average, step and log. save/load keep all of it, bit for bit."""
+
+    def __init__(self, args: argparse.Namespace, dataset: ImageSet, device: torch.device):
+        self.args, self.device, self.step = args, device, 0
+        self.source, self.classes = dataset.source, dataset.classes
+        self.text = OneHotText(len(dataset.classes), device)
+        torch.manual_seed(args.seed)  # the initial weights; nothing later draws from global state
+        self.model = MMDiT(model_config(args, dataset)).to(device)
+        if args.compile:
+            self.model.compile_blocks()
+        groups = self.model.param_groups(args.lr, args.weight_decay)
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.ema = rf.PowerEMA(list(self.model.parameters()), args.ema)
+        self.log = Log(args, device)
+
+    def settings(self) -> dict:
+        """What defines the run: a resumed one must have the same."""
+        return {key: getattr(self.args, key) for key in SETTINGS} | {"dataset": self.source}
+
+    def ema_model(self) -> MMDiT:
+        model = MMDiT(self.model.config).to(self.device).eval()
+        self.ema.copy_to(list(model.parameters()))
+        return model
+
+    def save(self, path: Path):
+        """Write the checkpoint whole or not at all; only finite steps ever get into one."""
+        self.log.drain(self.step)
+        state = {
+            "settings": self.settings(),
+            "model_config": asdict(self.model.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+            "log": {"rows": self.log.rows, "buffer": self.log.buffer},
+        }
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, path: Path):
+        state = load_checkpoint(path, self.device)
+        if state["model_config"] != asdict(self.model.config):
+            theirs, ours = state["model_config"], asdict(self.model.config)
+            differing = ", ".join(
+                f"{key} {theirs.get(key)} there, {value} here"
+                for key, value in ours.items()
+                if theirs.get(key) != value
+            )
+            raise ValueError(f"{path} is of another network ({differing}): choose another --out")
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.log.rows = [tuple(row) for row in state["log"]["rows"]]
+        self.log.buffer.copy_(state["log"]["buffer"])
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: there is no run to --resume, drop it")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
+        raise ValueError(
+            f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out"
+        ) from error
+
+
+def model_config(args: argparse.Namespace, dataset: ImageSet) -> MMDiTConfig:
+    """The preset, fitted to the data: channels, classes, size, and the largest patch up to the
+    preset's that divides it."""
+    config = PRESETS[args.preset]
+    _, channels, height, width = dataset.images.shape
+    fitting = [p for p in range(1, config.patch_size + 1) if height % p == 0 == width % p]
+    patch = args.patch_size or fitting[-1]
+    if height % patch or width % patch:
+        raise ValueError(f"--patch-size {patch} must divide the image size {height}x{width}")
+    return replace(
+        config, in_channels=channels, patch_size=patch, max_grid=max(height, width) // patch,
+        text_dim=len(dataset.classes) + 1, residual=args.residual,
+    )  # fmt: skip
+
+
+class Log:
+    """Loss and gradient norm stay on the device for LOG_EVERY steps, travel to the host while
+    training goes on, and are read one interval later: no step waits for the device."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args = args
+        self.rows: list[tuple] = []
+        self.buffer = torch.zeros(2, LOG_EVERY, device=device)  # loss, grad_norm of each step
+        self.in_flight = None  # (step at the interval's end, host copy, event)
+        self.path = None
+
+    def open(self, path: Path):
+        self.path = path
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([LOG_COLUMNS, *self.rows])
+
+    def write(self, step: int, loss: Tensor, grad_norm: Tensor):
+        self.buffer[0, step % LOG_EVERY].copy_(loss)
+        self.buffer[1, step % LOG_EVERY].copy_(grad_norm)
+
+    def send(self, step: int):
+        """Start the interval that ends at `step` on its way; read the one sent before it."""
+        self.receive()
+        cuda = self.buffer.is_cuda
+        host = torch.empty(self.buffer.shape, pin_memory=cuda)
+        host.copy_(self.buffer, non_blocking=cuda)
+        event = torch.cuda.Event() if cuda else None
+        if cuda:
+            event.record()
+        self.in_flight = (step, host, event)
+
+    def receive(self):
+        if self.in_flight is None:
+            return
+        step, host, event = self.in_flight
+        self.in_flight = None
+        if event is not None:
+            event.synchronize()  # of the copy an interval ago, not of the present
+        self._check(host, step - LOG_EVERY)
+        loss, grad_norm = host.mean(1).tolist()
+        row = (step, loss, grad_norm, self.args.lr * learning_rate(self.args, step - 1))
+        self.rows.append(row)
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+    def drain(self, step: int):
+        """Read all there is, now; after it every step up to `step` is known to be finite."""
+        self.receive()
+        self._check(self.buffer[:, : step % LOG_EVERY].cpu(), step - step % LOG_EVERY)
+
+    def _check(self, values: Tensor, steps_before: int):
+        bad = (~values.isfinite()).any(0).nonzero()
+        if len(bad):
+            step = steps_before + int(bad[0]) + 1
+            lr = self.args.lr * learning_rate(self.args, step - 1)
+            checkpoint = self.path.with_name("checkpoint.pt")
+            left = f"{checkpoint} is from before" if checkpoint.exists() else "nothing was saved"
+            raise FloatingPointError(
+                f"loss or gradient is not finite at step {step} (lr {lr:.3g}); {left}; start again"
+                " with a lower --lr"
+            )
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks the loop to end after its step; a second Ctrl-C interrupts at once."""
+
+    requested = False
+
+    def __enter__(self):
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = handlers
+
+        def request(number, frame):
+            self.requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in handlers:
+            signal.signal(number, request)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def show(bar: tqdm, run: Run, batch_size: int):
+    if run.log.rows:
+        rate = bar.format_dict["rate"] or 0
+        bar.set_postfix_str(f"loss {run.log.rows[-1][1]:.4f}, {rate * batch_size:.0f} images/s")
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(run: Run, held_out: ImageSet, out: Path):
+    """samples.png, samples.gif and loss.png, from the averaged weights."""
+    args, model = run.args, run.ema_model()
+    columns = min(10, len(run.classes))
+    labels = torch.arange(10 * columns, device=run.device) % columns  # a column a class
+    config, generator = model.config, torch.Generator().manual_seed(args.seed)
+    shape = (len(labels), config.in_channels, *held_out.images.shape[2:])
+    path = rf.sample(
+        model, torch.randn(shape, generator=generator).to(run.device), run.text(labels),
+        null_text=run.text.null_text, cfg=args.cfg, steps=args.sample_steps, solver=args.solver,
+        shift=args.shift, return_trajectory=True, progress=True,
+    )  # fmt: skip
+    names = run.classes[:columns]
+    save_grid(path[-1], names, out / "samples.png")
+    save_gif(path, columns, out / "samples.gif")
+    plot_loss(run.log.rows, loss_against_t(run, model, held_out), out / "loss.png")
+
+
+def grid(images: Tensor, columns: int) -> np.ndarray:
+    """(B, C, H, W) in [−1, 1], B = rows·columns → one picture (H, W, 3) uint8."""
+    from torchvision.utils import make_grid
+
+    return make_grid(to_bytes(images.cpu()), nrow=columns, padding=1).permute(1, 2, 0).numpy()
+
+
+def save_grid(images: Tensor, names: list[str], path: Path):
+    import matplotlib.pyplot as plt
+
+    picture, width = grid(images, len(names)), images.shape[-1] + 1
+    figure, axes = plt.subplots(figsize=(0.7 * len(names) + 0.4, 7.4))
+    axes.imshow(picture, interpolation="nearest")
+    axes.xaxis.tick_top()
+    axes.set_xticks([width * (i + 0.5) for i in range(len(names))], names)
+    axes.tick_params(length=0)
+    axes.set_yticks([])
+    axes.set_frame_on(False)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_gif(path: Tensor, columns: int, file: Path):
+    """path (steps + 1, B, C, H, W) from noise to data, as a looping animation."""
+    from PIL import Image
+
+    frames = [Image.fromarray(grid(images, columns)) for images in path]
+    factor = max(1, round(560 / frames[0].width))
+    frames = [f.resize((f.width * factor, f.height * factor), Image.NEAREST) for f in frames]
+    durations = [120] * (len(frames) - 1) + [2000]  # milliseconds
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def loss_against_t(run: Run, model: MMDiT, held_out: ImageSet) -> list[float]:
+    """Mean loss of held-out images in T_BINS bins of t, 0 to 1: the ends are the hard part."""
+    n = min(1000, len(held_out.labels))
+    generator = torch.Generator().manual_seed(run.args.seed)
+    data, labels = to_unit(held_out.images[:n]), held_out.labels[:n]
+    noise = torch.randn(data.shape, generator=generator)
+    t = rf.sample_time(n, distribution="uniform", stratified=True, generator=generator)
+    sums, counts = torch.zeros(T_BINS), torch.zeros(T_BINS)
+    with torch.no_grad():
+        for part in torch.arange(n).split(250):
+            x, s, e = (v[part].to(run.device) for v in (data, t, noise))
+            losses = rf.rf_loss(model, x, run.text(labels[part].to(run.device)), t=s, noise=e)
+            bins = (t[part] * T_BINS).long()
+            sums.index_add_(0, bins, losses.cpu())
+            counts.index_add_(0, bins, torch.ones(len(part)))
+    return (sums / counts).tolist()
+
+
+def plot_loss(rows: list[tuple], by_t: list[float], path: Path):
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    left.plot([row[0] for row in rows], [row[1] for row in rows])
+    left.set(xlabel="step", ylabel="loss", title="while training", yscale="log")
+    centres = [(i + 0.5) / T_BINS for i in range(T_BINS)]
+    right.bar(centres, by_t, width=0.9 / T_BINS)
+    right.set(xlabel="t   (0 = data, 1 = noise)", title="held-out loss against t")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+COMMON = {
+    "dataset": "auto", "data_dir": Path("data"), "size": 32, "seed": 0, "patch_size": None,
+    "residual": "prenorm", "lr": 6e-3, "warmup_steps": 100, "weight_decay": 0.0, "ema": 0.05,
+    "shift": 1.0, "checkpoint_every": 1000, "cfg": 1.7, "solver": "euler", "sample_steps": 24,
+}  # fmt: skip
+SETTINGS = (  # what a resumed run must share with the first
+    "dataset", "size", "seed", "preset", "patch_size", "residual", "batch_size", "steps", "lr",
+    "warmup_steps", "weight_decay", "ema", "shift",
+)  # fmt: skip
+
+
+Flag = argparse.BooleanOptionalAction
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option defaults to None here; resolve() fills in the device's or the resumed run's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(group, name, help_text, **kwargs):
+        key = name.replace("-", "_")
+        if key in COMMON and COMMON[key] is not None:
+            help_text += f" (default: {COMMON[key]})"
+        elif key in DEFAULTS["cpu"]:
+            help_text += (
+                f" (default: {DEFAULTS['cpu'][key]} on a CPU, {DEFAULTS['gpu'][key]} on a GPU)"
+            )
+        group.add_argument(f"--{name}", help=help_text, **kwargs)
+
+    data = parser.add_argument_group("data")
+    add(data, "dataset", f"one of {', '.join(SOURCES)}")
+    add(data, "data-dir", "folder of the data, or where to download it", type=Path)
+    add(data, "size", "side in pixels of folder and parquet images", type=int)
+
+    model = parser.add_argument_group("network")
+    add(model, "preset", f"shape: {', '.join(PRESETS)}")
+    add(
+        model,
+        "patch-size",
+        "pixels a side of a token (default: the preset's, or the next below that fits)",
+        type=int,
+    )
+    add(model, "residual", "prenorm or auraflow")
+
+    training = parser.add_argument_group("training")
+    add(training, "steps", "optimizer steps", type=int)
+    add(training, "batch-size", "images a step", type=int)
+    add(training, "lr", "learning rate at muP's base width; serves every preset", type=float)
+    add(training, "warmup-steps", "steps until the full rate; then a line down to 0", type=int)
+    add(training, "weight-decay", "AdamW's, at the base width", type=float)
+    add(training, "ema", "width of the weights' average, as a share of the run", type=float)
+    add(training, "shift", "more time near the noise if above 1", type=float)
+    add(training, "seed", "of weights, order, noise and time", type=int)
+    add(training, "compile", "torch.compile the blocks (default: on CUDA)", action=Flag)
+    add(training, "device", "auto, cpu, mps or cuda (default: auto)", default="auto")
+
+    sampling = parser.add_argument_group("pictures")
+    add(sampling, "cfg", "guidance: 1 none, above 1 closer to the class", type=float)
+    add(sampling, "solver", f"one of {', '.join(rf.SOLVERS)}")
+    add(sampling, "sample-steps", "solver steps from noise to image", type=int)
+
+    run = parser.add_argument_group("run")
+    folder = Path("runs/mnist")
+    add(run, "out", f"folder for all that comes out (default: {folder})", type=Path, default=folder)
+    add(run, "resume", "continue the run in --out exactly", action="store_true")
+    add(run, "overwrite", "replace the run in --out", action="store_true")
+    add(run, "checkpoint-every", "steps between checkpoints", type=int)
+    add(run, "dry-run", "one step of everything, in a temporary folder", action="store_true")
+    return parser
+
+
+def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """Fill in what was not given, and reject what cannot work before anything is loaded."""
+    defaults = COMMON | DEFAULTS["cpu" if device.type == "cpu" else "gpu"]
+    saved = {}
+    if args.resume:
+        saved = load_checkpoint(args.out / "checkpoint.pt")["settings"]
+    elif (args.out / "checkpoint.pt").exists() and not (args.overwrite or args.dry_run):
+        raise ValueError(
+            f"--out {args.out} already holds a run: continue it with --resume, replace it with"
+            " --overwrite, or choose another --out"
+        )
+    for key, default in defaults.items():
+        given = getattr(args, key)
+        if given in (None, "auto"):
+            setattr(args, key, saved.get(key, default))
+        elif key in saved and given != saved[key]:
+            raise ValueError(
+                f"--{key.replace('_', '-')} {given} differs from the run in {args.out}, which has"
+                f" {saved[key]}: drop it to resume, or start another run with --out"
+            )
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    for key, names in {"preset": PRESETS, "solver": rf.SOLVERS, "dataset": SOURCES}.items():
+        if getattr(args, key) not in names:
+            raise ValueError(f"--{key} {getattr(args, key)!r} must be one of {', '.join(names)}")
+    for key in ("steps", "batch_size", "warmup_steps", "sample_steps", "checkpoint_every", "size"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    return args
+
+
+def choose_device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if there[n])
+    if not there.get(name):
+        have = ", ".join(n for n, yes in there.items() if yes)
+        raise ValueError(f"--device {name!r} is not here; this machine has: {have}")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
+    return torch.device(name)
+
+
+def main(argv: list[str] | None = None):
+    args = build_parser().parse_args(argv)
+    started = time.time()
+    try:
+        device = choose_device(args.device)
+        args = resolve(args, device)
+        if args.dry_run:
+            args.steps, args.sample_steps = 1, 1
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) if args.dry_run else args.out
+            out.mkdir(parents=True, exist_ok=True)
+            training, held_out = load_images(
+                args.dataset, args.data_dir, size=args.size, seed=args.seed
+            )
+            run = train(args, training, device, out)
+            settings = run.settings() | {
+                k: getattr(args, k) for k in ("cfg", "solver", "sample_steps")
+            }
+            save_model(out, run.ema_model(), run=settings, classes=run.classes)
+            draw_pictures(run, held_out, out)
+            files = ", ".join(sorted(f.name for f in out.iterdir()))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"train_mnist.py: {error}")
+    print(f"{args.out}: {files} ({time.time() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
