@@ -1,0 +1,239 @@
+"""CHAPTER 2's DATA: captioned images → encoded → the same batches on any number of ranks.
+
+    source    (picture uint8, caption) by index: `shapes` (drawn on the fly)
+    encoders  text: `hash` or a Hugging Face T5 / UMT5;  image: `pixels` or an AutoencoderKL
+    loader    for one rank: batch k from (seed, samples seen, rank, world size) alone
+
+A run is an endless row of samples, numbered by their position. Which image stands there, its noise,
+its time and whether its caption is dropped are functions of (seed, position) alone. So a run means
+the same on one rank and on a hundred, before and after a resume: ranks only share the row out.
+
+Shapes: B batch, T text tokens, E text features, (C, H, W) what the network sees of an image.
+"""
+
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import rf
+from data_mnist import mix_seed, to_unit
+
+GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
+
+# ------------------------------------------------------------------------------------------------
+# Text encoders: captions → (B, T, E) fp32, rows beyond the caption zero
+# ------------------------------------------------------------------------------------------------
+
+
+class HashText:
+    """Frozen random word vectors, N(0, 1) seeded by the word, plus sinusoidal positions.
+
+    Any vocabulary, no download, the same on every machine. Order is told by the positions; meaning
+    is the network's to learn. The empty caption is all zeros.
+    """
+
+    name = "hash"
+
+    def __init__(self, dim: int = 64, tokens: int = 16):
+        self.dim, self.tokens = dim, tokens
+        self.vector = lru_cache(maxsize=100_000)(self._vector)
+        frequencies = torch.exp(-np.log(1000) * torch.arange(dim // 2) / (dim // 2))
+        angles = torch.arange(tokens)[:, None] * frequencies
+        self.positions = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, E)
+
+    def _vector(self, word: str) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        return torch.randn(self.dim, generator=generator)
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        features = torch.zeros(len(captions), self.tokens, self.dim)
+        for row, caption in zip(features, captions, strict=True):
+            words = caption.lower().replace(",", " ").split()[: self.tokens]
+            for i, word in enumerate(words):
+                row[i] = self.vector(word) + self.positions[i]
+        return features
+
+
+class HuggingFaceText:
+    """The encoder of a T5 or UMT5 model, by hub name or local folder; padded rows are zeroed."""
+
+    def __init__(self, name: str, tokens: int = 256, device: str | torch.device = "cpu"):
+        try:
+            from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(
+                f"--text-encoder {name} needs transformers: pip install transformers sentencepiece"
+            ) from error
+        classes = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+        try:
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind not in classes:
+                raise ValueError(f"--text-encoder {name} is a {kind!r} model, must be t5 or umt5")
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = classes[kind].from_pretrained(name).to(device).eval()
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
+        self.name, self.tokens, self.dim, self.device = (
+            name,
+            tokens,
+            self.model.config.d_model,
+            device,
+        )
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> Tensor:
+        batch = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokens,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        features = self.model(batch.input_ids, attention_mask=batch.attention_mask)[0].float()
+        return features * batch.attention_mask[..., None]
+
+
+def text_encoder(name: str, **kwargs):
+    """`hash`, or the name or folder of a T5 / UMT5."""
+    return HashText(**kwargs) if name == "hash" else HuggingFaceText(name, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Image encoders: (B, 3, H, W) uint8 ↔ what the network sees
+# ------------------------------------------------------------------------------------------------
+
+
+class Pixels:
+    """The image itself in [−1, 1]."""
+
+    name, channels, factor = "pixels", 3, 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return to_unit(images)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class VAE:
+    """A diffusers AutoencoderKL, by hub name or local folder. Latents are scaled to about N(0, 1).
+
+    encode gives (B, 2C, h, w): mean and log-variance, to be sampled afresh in every epoch.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ValueError(f"--vae {name} needs diffusers: pip install diffusers") from error
+        try:
+            self.model = AutoencoderKL.from_pretrained(name).to(device).eval()
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--vae {name} could not be loaded: {reason}") from error
+        config = self.model.config
+        self.name, self.channels, self.device = name, config.latent_channels, device
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self.model.encode(to_unit(images).to(self.device)).latent_dist.parameters
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """(B, 2C, h, w) mean and log-variance, noise (B, C, h, w) → scaled latents."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return (z - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        images = self.model.decode(x.to(self.device) / self.scale + self.shift).sample
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loader
+# ------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    data: Tensor  # (B, C, H, W) fp32
+    text: Tensor  # (B, T, E) fp32, zeros where the caption was dropped
+    t: Tensor  # (B,) fp32
+    noise: Tensor  # (B, C, H, W) fp32
+
+
+class Samples(Dataset):
+    """The row of samples: positions → a Batch, each sample from (seed, position) alone."""
+
+    def __init__(
+        self, source, text, *, seed: int, dropout: float = 0.1, distribution: str = "logit_normal",
+        shift: float = 1.0,
+    ):  # fmt: skip
+        self.source, self.text, self.seed, self.dropout = source, text, seed, dropout
+        self.distribution, self.shift = distribution, shift
+        self.permutation = lru_cache(maxsize=2)(self._permutation)
+        self.first_u = np.random.default_rng((seed, 1)).random()
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "epoch", epoch))
+        return torch.randperm(len(self.source), generator=generator)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        pictures, captions, noise, generator = [], [], [], torch.Generator()
+        for position in positions:
+            epoch, place = divmod(position, len(self.source))
+            picture, caption = self.source[int(self.permutation(epoch)[place])]
+            generator.manual_seed(mix_seed(self.seed, "sample", position))
+            dropped = torch.rand((), generator=generator).item() < self.dropout
+            captions.append("" if dropped else caption)
+            pictures.append(torch.from_numpy(picture))
+            noise.append(torch.randn(picture.shape, generator=generator))
+        # Neighbouring positions get times a golden step apart: every batch covers all of time
+        # evenly, whichever rank it lies on (a stratified draw that needs no batch).
+        u = (self.first_u + np.array(positions, float) * GOLDEN) % 1
+        t = rf.time_at(torch.tensor(u, dtype=torch.float32), self.distribution, self.shift)
+        return Batch(to_unit(torch.stack(pictures)), self.text(captions), t, torch.stack(noise))
+
+
+class RankPositions:
+    """The positions of one rank's micro-batches, from `seen` on: an endless iterator of lists.
+
+    A step takes world_size · accumulation · micro_batch positions in a row; ranks share them out.
+    """
+
+    def __init__(self, seen: int, micro_batch: int, rank: int, world_size: int):
+        self.seen, self.micro_batch, self.rank, self.world_size = (
+            seen,
+            micro_batch,
+            rank,
+            world_size,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.seen + self.rank * self.micro_batch
+        while True:
+            yield list(range(first, first + self.micro_batch))
+            first += self.world_size * self.micro_batch
+
+
+def loader(
+    samples: Samples, *, seen: int, micro_batch: int, rank: int, world_size: int, workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:  # fmt: skip
+    """Endless micro-batches of one rank, made ahead by worker processes."""
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=RankPositions(seen, micro_batch, rank, world_size),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=lambda batch: batch,
+            persistent_workers=workers > 0,
+        )
+    )

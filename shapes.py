@@ -1,0 +1,370 @@
+"""THE WORLD: coloured shapes with exact captions, and a reader that says whether a picture obeys.
+
+    meaning   what a caption says: "two red circles above a blue square"
+    scene     things at places that obey it, drawn anti-aliased at any size
+    detect    picture → the things in it; obeys: do they fit the meaning?
+
+So that prompt following can be measured exactly, in minutes, without a download. The six tags are
+GenEval's (Ghosh et al. 2023, 2310.11513): single_object, two_object, counting, colors, position,
+color_attr; "combined" captions mix them and are trained on, not scored.
+
+Some colour x shape pairs, some relations, and some wordings are never trained on (see held_out), so
+a score on prompts from there measures what was understood, not what was remembered.
+
+Lengths are shares of the picture's side; y grows downwards. Item i depends on (seed, i) alone.
+Imports nothing of ours.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS = {
+    "red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (245, 225, 50),
+    "orange": (250, 140, 20), "purple": (140, 50, 190), "cyan": (60, 220, 230),
+    "pink": (250, 140, 200), "brown": (130, 80, 45), "white": (250, 250, 250),
+}  # fmt: skip
+SIZES = {"small": 0.13, "large": 0.19}  # radius
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COUNTS = ("no", "one", "two", "three", "four")
+MAX_WORDS = 16  # no caption is longer
+
+# ------------------------------------------------------------------------------------------------
+# Meaning and caption
+# ------------------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """`count` things alike; color and size None where the caption leaves them open."""
+
+    count: int
+    shape: str
+    color: str | None = None
+    size: str | None = None
+
+
+class Meaning(NamedTuple):
+    """One or two groups, and where the first lies as seen from the second."""
+
+    tag: str
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+
+def draw_meaning(rng: np.random.Generator, tag: str) -> Meaning:
+    """A random meaning of one tag."""
+
+    def pick(names) -> str:
+        return str(rng.choice(list(names)))
+
+    first, second = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
+    colors = [str(c) for c in rng.choice(list(COLORS), 2, replace=False)]
+    if tag == "single_object":
+        return Meaning(tag, (Group(1, first),))
+    if tag == "two_object":
+        return Meaning(tag, (Group(1, first), Group(1, second)))
+    if tag == "counting":
+        return Meaning(tag, (Group(int(rng.integers(1, 5)), first),))
+    if tag == "colors":
+        return Meaning(tag, (Group(1, first, colors[0]),))
+    if tag == "position":
+        return Meaning(tag, (Group(1, first), Group(1, second)), pick(RELATIONS))
+    if tag == "color_attr":
+        return Meaning(tag, (Group(1, first, colors[0]), Group(1, second, colors[1])))
+    if tag == "combined":
+        two = rng.random() < 0.5
+        counts = (int(rng.integers(1, 3)), 1)[: 1 + two]
+        sized = sum(counts) <= 2 and rng.random() < 0.5  # three large things would hardly fit
+        groups = tuple(
+            Group(count, shape, color, pick(SIZES) if sized else None)
+            for count, shape, color in zip(counts, (first, second), colors, strict=False)
+        )
+        return Meaning(tag, groups, pick(RELATIONS) if two and rng.random() < 0.7 else None)
+    raise ValueError(f"tag {tag!r} must be one of {', '.join(TAGS)} or combined")
+
+
+def write_caption(meaning: Meaning, rng: np.random.Generator) -> str:
+    """One of several wordings of a meaning."""
+
+    def pick(options) -> str:
+        return str(rng.choice(options))
+
+    def phrase(group: Group) -> str:
+        count = pick(("a", "one")) if group.count == 1 else COUNTS[group.count]
+        words = [count, group.size, group.color, group.shape]
+        plural = "" if group.count == 1 else "es" if group.shape == "cross" else "s"
+        return " ".join(w for w in words if w) + plural
+
+    phrases = [phrase(group) for group in meaning.groups]
+    if meaning.relation in ("left of", "right of"):
+        middle = pick((f" {meaning.relation} ", f" to the {meaning.relation} "))
+    elif meaning.relation is not None:
+        middle = f" {meaning.relation} "
+    else:
+        middle = pick((" and ", " with "))
+    return pick(("", "a picture of ", "an image of ", "this shows ")) + middle.join(phrases)
+
+
+def held_out(meaning: Meaning, caption: str) -> bool:
+    """Whether training never sees it: its colour x shape pair, its relation, or its wording."""
+    if any(held_out_pair(g.shape, g.color) for g in meaning.groups):
+        return True
+    if meaning.relation is not None:
+        first, second = (g.shape for g in meaning.groups)
+        if zlib.crc32(f"{first} {meaning.relation} {second}".encode()) % 10 == 0:
+            return True
+    return zlib.crc32(caption.encode()) % 8 == 0
+
+
+def held_out_pair(shape: str, color: str | None) -> bool:
+    """One colour of each shape, another for each: a cyan circle, a white square, …"""
+    return color is not None and list(COLORS).index(color) == (3 * SHAPES.index(shape) + 6) % 10
+
+
+# ------------------------------------------------------------------------------------------------
+# Scene and picture
+# ------------------------------------------------------------------------------------------------
+
+
+class Thing(NamedTuple):
+    shape: str
+    color: str
+    radius: float
+    x: float
+    y: float
+
+
+class Scene(NamedTuple):
+    things: tuple[Thing, ...]
+    background: float  # grey level, 0..255
+    noise: float  # standard deviation of the background's grain, 0..255
+
+
+def draw_scene(meaning: Meaning, rng: np.random.Generator) -> Scene:
+    """Things that obey the meaning, without touching; what it leaves open is drawn at random."""
+    total = sum(g.count for g in meaning.groups)
+    looks = []  # (shape, color, radius) of each thing, group by group
+    for group in meaning.groups:
+        color = group.color
+        while color is None or (group.color is None and held_out_pair(group.shape, color)):
+            color = str(rng.choice(list(COLORS)))
+        size = group.size or ("small" if total > 2 else str(rng.choice(list(SIZES))))
+        looks += [(group.shape, color, SIZES[size])] * group.count
+    radii = np.array([radius for _, _, radius in looks])
+    low, high = radii[:, None] + 0.03, 1 - radii[:, None] - 0.03
+    while True:  # many layouts at once: crowded ones fit rarely
+        layouts = rng.uniform(low, high, (256, total, 2))
+        good = apart(layouts, radii)
+        if meaning.relation is not None:
+            good &= relation_holds(meaning, layouts, clear=1.2)
+        if good.any():
+            places = layouts[good.argmax()].tolist()
+            things = tuple(Thing(*look, *xy) for look, xy in zip(looks, places, strict=True))
+            grain = float(rng.uniform(0, 6)) if rng.random() < 0.25 else 0.0
+            return Scene(things, float(rng.uniform(0, 40)), grain)
+
+
+def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Whether no two things touch: places (..., n, 2), radii (n,) → (...) bool.
+
+    Corners reach up to 1.28 radii; a pixel or more must lie between any two, for the reader.
+    """
+    gaps = np.linalg.norm(places[..., :, None, :] - places[..., None, :, :], axis=-1)
+    first, second = np.triu_indices(len(radii), 1)
+    return (gaps[..., first, second] > 1.2 * (radii[first] + radii[second]) + 0.06).all(-1)
+
+
+def relation_holds(meaning: Meaning, places: np.ndarray, clear: float = 1.0) -> np.ndarray:
+    """Whether every thing of the first group lies on its side of every thing of the second, at
+    least `clear` times as far along the relation's axis as across it: places (..., n, 2) → (...).
+    """
+    axis, n = np.array(RELATIONS[meaning.relation]), meaning.groups[0].count
+    offset = places[..., :n, None, :] - places[..., None, n:, :]
+    along, across = offset @ axis, abs(offset @ axis[::-1])
+    return ((along > 0) & (along >= clear * across)).all((-1, -2))
+
+
+def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to the outline of a shape of radius 1 at the origin, negative inside."""
+    r = np.hypot(x, y)
+    if shape == "circle":
+        return r - 0.95
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.85
+    if shape == "triangle":  # corners (0, −1), (±1, 0.8)
+        return np.maximum(y - 0.8, (1.8 * abs(x) - y - 1) / np.hypot(1.8, 1))
+    if shape == "cross":
+        a, b = abs(x), abs(y)
+        return np.minimum(np.maximum(a - 0.32, b - 1), np.maximum(a - 1, b - 0.32))
+    if shape == "ring":
+        return abs(r - 0.72) - 0.24
+    # star: five points. Fold the plane into one half point, from its tip to the notch beside it.
+    angle = np.arctan2(x, -y)
+    folded = abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    tip, notch = np.array([1.05, 0.0]), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    edge = notch - tip
+    normal = np.array([-edge[1], edge[0]]) / np.hypot(*edge)
+    return -(normal[0] * (r * np.cos(folded) - tip[0]) + normal[1] * r * np.sin(folded))
+
+
+def coverage(thing: Thing, size: int) -> np.ndarray:
+    """Share of each pixel that the thing covers, (size, size) in [0, 1]: its anti-aliased mask."""
+    centres = (np.arange(size) + 0.5) / size
+    x, y = (centres - thing.x) / thing.radius, (centres - thing.y) / thing.radius
+    pixels = distance(thing.shape, x[None], y[:, None]) * thing.radius * size
+    return np.clip(0.5 - pixels, 0, 1)
+
+
+def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+    """(3, size, size) uint8."""
+    picture = np.full((3, size, size), float(scene.background))
+    if scene.noise:
+        picture += scene.noise * rng.standard_normal((1, size, size))
+    for thing in scene.things:
+        mask, color = coverage(thing, size), np.array(COLORS[thing.color], float)
+        picture += mask * (color[:, None, None] - picture)
+    return np.clip(picture.round(), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# The data set and the prompts
+# ------------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """Map-style: shapes[i] → (picture (3, size, size) uint8, caption). Never a held-out caption."""
+
+    def __init__(self, size: int = 24, seed: int = 0, length: int = 1_000_000):
+        if size < 20:
+            raise ValueError(
+                f"shapes of {size} pixels a side cannot be told apart; use at least 20"
+            )
+        self.size, self.seed, self.length = size, seed, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, str]:
+        rng = np.random.default_rng((self.seed, i))
+        meaning, caption = draw_caption(rng, (*TAGS, "combined"), held=False)
+        return render(draw_scene(meaning, rng), self.size, rng), caption
+
+
+def draw_caption(rng: np.random.Generator, tags: tuple[str, ...], held: bool):
+    """A meaning and its caption, of a random one of `tags`, (not) held out of training."""
+    while True:
+        meaning = draw_meaning(rng, str(rng.choice(tags)))
+        caption = write_caption(meaning, rng)
+        if held_out(meaning, caption) == held:
+            return meaning, caption
+
+
+def prompts(tag: str, n: int, seed: int = 0) -> list[tuple[Meaning, str]]:
+    """n held-out prompts of a tag, for scoring."""
+    rng = np.random.default_rng((seed, TAGS.index(tag)))
+    return [draw_caption(rng, (tag,), held=True) for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The reader
+# ------------------------------------------------------------------------------------------------
+
+PALETTE = np.array(list(COLORS.values()), float)  # (colours, 3)
+CONTRAST = 45.0  # a pixel belongs to a thing if it is this far from the background, in RGB units
+FIT = 0.2  # largest share of a mask's energy that its shape may leave unexplained
+SCALES = np.geomspace(0.8, 1.25, 9)  # radii tried, as multiples of the one that the area tells
+
+
+def detect(picture: np.ndarray) -> list[Thing]:
+    """The things in a picture (3, size, size) uint8.
+
+    Connected pixels that differ from the background; their core's nearest colour; the shape whose
+    anti-aliased mask fits best. A piece that fits no shape has the shape "unknown".
+    """
+    size, pixels = picture.shape[1], picture.astype(float)
+    border = np.concatenate(
+        [pixels[:, [0, -1]].reshape(3, -1), pixels[:, :, [0, -1]].reshape(3, -1)], 1
+    )
+    background = np.median(border, axis=1)
+    contrast = np.sqrt(((pixels - background[:, None, None]) ** 2).sum(0))
+    things = []
+    for piece in pieces(contrast > CONTRAST):
+        if piece.sum() < 0.004 * size**2:  # dust
+            continue
+        things.append(identify(piece, pixels, background, contrast))
+    return things
+
+
+def pieces(mask: np.ndarray) -> list[np.ndarray]:
+    """The 8-connected components of a mask, each a mask: labels spread until they rest."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        wide = np.pad(labels, 1)
+        H, W = mask.shape
+        shifted = [wide[i : i + H, j : j + W] for i in range(3) for j in range(3)]
+        spread = np.where(mask, np.maximum.reduce(shifted), 0)
+        if (spread == labels).all():
+            return [labels == k for k in np.unique(labels) if k]
+        labels = spread
+
+
+def identify(piece, pixels, background, contrast) -> Thing:
+    """Colour by the purest quarter of the piece, shape by the mask that the colour implies."""
+    size = piece.shape[0]
+    core = piece & (contrast >= np.quantile(contrast[piece], 0.75))
+    purest = pixels[:, core].mean(1)
+    color = list(COLORS)[np.argmin(((PALETTE - purest) ** 2).sum(1))]
+    axis = purest - background
+    wide = np.pad(piece, 1)  # one pixel around the piece holds the rest of its soft edge
+    H, W = piece.shape
+    near = np.logical_or.reduce([wide[i : i + H, j : j + W] for i in range(3) for j in range(3)])
+    alpha = np.tensordot(axis, pixels - background[:, None, None], 1) / (axis @ axis)
+    alpha = np.clip(alpha, 0, 1) * near  # (size, size): how much of each pixel the thing covers
+    centres = (np.arange(size) + 0.5) / size
+    area = alpha.sum()
+    x, y = (alpha.sum(0) @ centres) / area, (alpha.sum(1) @ centres) / area
+    best = (FIT, Thing("unknown", color, float(np.sqrt(area / np.pi) / size), float(x), float(y)))
+    for shape in SHAPES:
+        unit_area, centroid = UNIT[shape]
+        for radius in SCALES * np.sqrt(area / unit_area) / size:
+            thing = Thing(shape, color, float(radius), float(x), float(y - centroid * radius))
+            left = ((coverage(thing, size) - alpha) ** 2).sum() / (alpha**2).sum()
+            if left < best[0]:
+                best = (left, thing)
+    return best[1]
+
+
+def _unit(shape: str) -> tuple[float, float]:
+    """Area of a shape of radius 1, and how far below its origin its centroid lies."""
+    mask = coverage(Thing(shape, "red", 0.25, 0.5, 0.5), 256)
+    y = ((np.arange(256) + 0.5) / 256 - 0.5) / 0.25
+    return mask.sum() / 64**2, float(mask.sum(1) @ y / mask.sum())
+
+
+UNIT = {shape: _unit(shape) for shape in SHAPES}
+
+
+def obeys(meaning: Meaning, things: list[Thing]) -> bool:
+    """Whether these things, all of them and no others, fit the meaning."""
+
+    def fits(group: Group, thing: Thing) -> bool:
+        nearest = min(SIZES, key=lambda s: abs(SIZES[s] - thing.radius))
+        return (
+            thing.shape == group.shape
+            and group.color in (None, thing.color)
+            and group.size in (None, nearest)
+        )
+
+    ordered = []
+    for group in meaning.groups:
+        mine = [t for t in things if fits(group, t) and t not in ordered]
+        if len(mine) != group.count:
+            return False
+        ordered += mine
+    if len(ordered) != len(things):
+        return False
+    places = np.array([(t.x, t.y) for t in ordered])
+    return meaning.relation is None or bool(relation_holds(meaning, places, clear=0.8))
