@@ -10,17 +10,19 @@ That is all the text encoder chapter 1 needs, and chapter 2's network takes it u
 """
 
 import io
+import re
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,6 +84,12 @@ class OneHotText:
     @property
     def null_text(self) -> Tensor:
         return self.words[-1:, None]
+
+
+def fingerprint(dataset: ImageSet) -> str:
+    """Eight hexadecimal digits that tell one set of images and labels from another."""
+    checksum = zlib.crc32(dataset.images.numpy().tobytes())
+    return f"{zlib.crc32(dataset.labels.numpy().tobytes(), checksum):08x}"
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -165,8 +173,8 @@ def load_torchvision(source: str, data_dir: Path) -> tuple[ImageSet, ImageSet]:
     socket.setdefaulttimeout(10)  # seconds without an answer before a mirror is given up
     try:
         parts = [data_class(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # the deepest one
         raise ValueError(
             f"{source} is not in {data_dir} and could not be downloaded ({reason}); give its folder"
             " with --data-dir, or train without a download with --dataset glyphs"
@@ -184,6 +192,8 @@ def load_torchvision(source: str, data_dir: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def load_folder(data_dir: Path, size: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    if not data_dir.is_dir():
+        raise ValueError(f"--data-dir {data_dir} is a file; --dataset folder needs a folder")
     classes = sorted(d.name for d in data_dir.iterdir() if d.is_dir() and d.name[0] != ".")
     files = [(f, k) for k, c in enumerate(classes) for f in sorted((data_dir / c).rglob("*"))]
     files = [(f, k) for f, k in files if f.is_file() and f.name[0] != "."]
@@ -206,28 +216,46 @@ def load_parquet(data_dir: Path, size: int, seed: int) -> tuple[ImageSet, ImageS
     if not files:
         raise ValueError(f"--data-dir {data_dir} holds no .parquet file")
 
-    def image_set(files: list[Path]) -> ImageSet:
-        table = Dataset.from_parquet([str(f) for f in files])
-        image_column = _column(table, ("image", "img", "picture"))
-        label_column = _column(table, ("label", "labels", "class", "fine_label"))
-        table = table.cast_column(image_column, ImageFeature(decode=False))
-        feature, labels = table.features[label_column], table[label_column]
-        classes = feature.names if isinstance(feature, ClassLabel) else sorted(set(labels))
-        number = range(len(classes)) if isinstance(feature, ClassLabel) else classes
+    # Hub layouts name the split in the file (test-0000.parquet) or its folder (test/0000.parquet).
+    is_test = {
+        f: "test" in re.split("[^a-z]+", str(f.relative_to(data_dir)).lower()) for f in files
+    }
+
+    def table_of(files: list[Path]):
+        try:
+            return Dataset.from_parquet([str(f) for f in files])
+        except Exception as error:  # of `datasets`, pyarrow or the file system
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"--data-dir {data_dir} is not readable parquet: {reason}") from error
+
+    training = table_of([f for f in files if not is_test[f]] or files)
+    image_column = _column(training, ("image", "img", "picture"))
+    label_column = _column(training, ("label", "labels", "class", "fine_label"))
+    feature = training.features[label_column]
+    named = isinstance(feature, ClassLabel)
+    classes = feature.names if named else sorted(set(training[label_column]))
+    number = {value: k for k, value in enumerate(range(len(classes)) if named else classes)}
+
+    def image_set(table) -> ImageSet:
+        unknown = sorted(set(table[label_column]) - set(number))
+        if unknown:
+            raise ValueError(f"--data-dir {data_dir}: the test split has unknown labels {unknown}")
 
         def rows():
-            for i, row in enumerate(table):
-                cell = row[image_column]
-                read = lambda c=cell: c["bytes"] or Path(c["path"]).read_bytes()  # noqa: E731
-                yield f"row {i}", read, number.index(row[label_column])
+            for i, row in enumerate(table.cast_column(image_column, ImageFeature(decode=False))):
+                yield f"row {i}", partial(cell_bytes, row[image_column]), number[row[label_column]]
 
         images, labels = decode(rows(), len(table), size)
         return ImageSet(images, labels, [str(c) for c in classes], "parquet")
 
-    test_files = [f for f in files if "test" in f.stem]
-    if 0 < len(test_files) < len(files):
-        return image_set([f for f in files if f not in test_files]), image_set(test_files)
-    return hold_out(image_set(files), seed)
+    if len(set(is_test.values())) == 2:
+        return image_set(training), image_set(table_of([f for f in files if is_test[f]]))
+    return hold_out(image_set(training), seed)
+
+
+def cell_bytes(cell: dict) -> bytes:
+    """The file behind an image cell of `datasets`, which holds its bytes or its path."""
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
 def _column(table, candidates: tuple[str, ...]) -> str:
@@ -263,8 +291,8 @@ def decode(
             with Image.open(io.BytesIO(read())) as image:
                 images[len(labels)] = ImageOps.fit(image.convert("RGB"), (size, size))
             labels.append(label)
-        except (OSError, UnidentifiedImageError, SyntaxError, TypeError) as error:
-            bad.append(f"{name} ({str(error).splitlines()[0]})")
+        except Exception as error:  # Pillow raises a dozen kinds for a broken file
+            bad.append(f"{name} ({(str(error) or type(error).__name__).splitlines()[0]})")
     if bad:
         listed = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         found = f"{len(bad)} of {total} images are unreadable: {listed}"

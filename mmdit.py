@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,10 +56,9 @@ class MMDiTConfig:
     base_dim: int = 256  # the width at which muP's multipliers are 1
 
     def __post_init__(self):
-        for field in ("in_channels", "patch_size", "dim", "head_dim", "n_layers", "text_dim"):
-            self._require(field, getattr(self, field) >= 1, "must be at least 1")
-        for field in ("max_grid", "mlp_multiple_of", "base_dim"):
-            self._require(field, getattr(self, field) >= 1, "must be at least 1")
+        for field, value in asdict(self).items():
+            if field not in ("n_double_layers", "n_registers", "residual"):
+                self._require(field, value >= 1, "must be at least 1")
         self._require("n_registers", self.n_registers >= 0, "must not be negative")
         double_fits = 0 <= self.n_double_layers <= self.n_layers
         self._require("n_double_layers", double_fits, f"must lie in 0..n_layers={self.n_layers}")
@@ -89,8 +89,8 @@ class MMDiTConfig:
         return self.in_channels * self.patch_size**2
 
 
-# Every preset has base_dim 256, so one base learning rate serves them all. Channels, patch, text
-# and grid follow the data: a trainer sets them with dataclasses.replace.
+# base_dim is 256 throughout: presets that differ in width alone share one base learning rate (muP).
+# Channels, patch, text and grid follow the data: a trainer sets them with dataclasses.replace.
 PRESETS = {
     # chapter 1: four layers, 16 large patches and no registers: two CPU cores count every token
     "digits": MMDiTConfig(
@@ -98,8 +98,8 @@ PRESETS = {
         text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
     ),
     "digits-wide": MMDiTConfig(
-        in_channels=1, patch_size=4, dim=256, head_dim=32, n_layers=6, n_double_layers=0,
-        text_dim=11, max_grid=8, n_registers=0, mlp_multiple_of=32,
+        in_channels=1, patch_size=7, dim=256, head_dim=32, n_layers=4, n_double_layers=0,
+        text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
     ),
     # chapter 2: the same network, from a laptop to AuraFlow
     "tiny": MMDiTConfig(
@@ -330,7 +330,7 @@ class SingleBlock(nn.Module):
 
 
 class Role(NamedTuple):
-    """A parameter's row in muP's table (Tensor Programs V, Table 8, for AdamW)."""
+    """A parameter's row in muP's table (Tensor Programs V, Table 3; decay: 2505.01618)."""
 
     init: str  # "fan_in": N(0, 1/fan_in); "zero"; "own": set by name in init_weights
     decays: bool  # whether weight decay applies
@@ -363,9 +363,8 @@ class MMDiT(nn.Module):
         n_single = config.n_layers - n_double
         self.patch_embed = Linear(config.patch_values, D, role="input", bias=True)
         self.positions = nn.Parameter(torch.empty(config.max_grid**2, D))
-        self.registers = nn.Parameter(torch.empty(config.n_registers, D))
-        if config.n_registers == 0:
-            self.registers = None
+        has_registers = config.n_registers > 0
+        self.registers = nn.Parameter(torch.empty(config.n_registers, D)) if has_registers else None
         self.text_embed = Linear(config.text_dim, D, role="text")
         self.time_embed = TimeEmbedding(D)
         self.double_blocks = nn.ModuleList(
@@ -540,6 +539,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> MMDiT:
     try:
         model = MMDiT(MMDiTConfig(**config["model"]))
         model.load_state_dict(load_file(path / "model.safetensors"))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: weights and config.json do not match: {error}") from error
     return model.to(device).eval()

@@ -10,7 +10,7 @@ The convention, stated here once for the whole project:
 Through one point x_t pass many lines (many pairs of data and noise); a network trained with squared
 error learns their mean, v(x, t) = E[noise − data | x_t = x]. Flowing along v carries the
 distribution of x_t to that of x_t+dt for every t (Liu et al. 2022, 2209.03003, Theorem 3.3), so
-integrating from t = 1 down to t = 0 turns noise into data. (SiT and the paper run time backwards.)
+integrating from t = 1 down to t = 0 turns noise into data. (The paper itself runs time backwards.)
 
 Shapes: x, data, noise (B, ...) of any rank; t (B,) fp32; text is whatever the model takes, with the
 batch first. Model outputs may be bf16; states, losses and averages are fp32 or wider.
@@ -63,7 +63,9 @@ def _same_shape(data: Tensor, noise: Tensor):
 # Time: where to train, where to step
 # ------------------------------------------------------------------------------------------------
 
-U_SHAPE = 4.0  # a in RF++'s p(t) ∝ e^{at} + e^{a(1−t)} (Lee et al. 2024, 2405.20320)
+# a in RF++'s p(t) ∝ e^{at} + e^{a(1−t)} (Lee et al. 2024, 2405.20320), as its sampler draws it; the
+# e^{at} + e^{−at} that the paper prints has no second arm on [0, 1].
+U_SHAPE = 4.0
 TIME_DISTRIBUTIONS = {  # name → inverse of the distribution function, u in (0, 1) → t in (0, 1)
     "uniform": lambda u: u,
     # t = sigmoid(z), z ~ N(0, 1): the middle, where the velocity is hardest (SD3, eq. 19)
@@ -84,6 +86,15 @@ def shift_time(t, shift: float):
     return shift * t / (1 + (shift - 1) * t)
 
 
+def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -> Tensor:
+    """The time below which a share u of the training times lies. u in [0, 1]; t in (0, 1)."""
+    if distribution not in TIME_DISTRIBUTIONS:
+        names = ", ".join(TIME_DISTRIBUTIONS)
+        raise ValueError(f"distribution = {distribution!r} must be one of {names}")
+    t = shift_time(TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6)), shift)
+    return t.clamp(1e-6, 1 - 1e-6)
+
+
 def sample_time(
     batch_size: int,
     *,
@@ -99,14 +110,10 @@ def sample_time(
     stratified: sample i draws from the i-th of B slices of equal probability, so that a batch
     covers all of time and its loss varies less; over shuffled samples the distribution is the same.
     """
-    if distribution not in TIME_DISTRIBUTIONS:
-        names = ", ".join(TIME_DISTRIBUTIONS)
-        raise ValueError(f"distribution = {distribution!r} must be one of {names}")
     u = torch.rand(batch_size, generator=generator, device=device)
     if stratified:
         u = (torch.arange(batch_size, device=device) + u) / batch_size
-    t = TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6))
-    return shift_time(t, shift)
+    return time_at(u, distribution, shift)
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
@@ -192,7 +199,9 @@ def guided_velocity(
     if null_text is None:
         raise ValueError(f"cfg = {cfg} needs null_text, the encoded empty caption")
     both = torch.cat([text, null_text.expand_as(text)])
-    v_text, v_null = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    velocity = model(torch.cat([x, x]), torch.cat([t, t]), both)
+    # Widened first: the difference of two bf16 velocities, times cfg, would be mostly rounding.
+    v_text, v_null = velocity.to(torch.promote_types(velocity.dtype, torch.float32)).chunk(2)
     return v_null + cfg * (v_text - v_null)
 
 
@@ -207,8 +216,14 @@ def euler_step(v, x, t, h):
 
 
 def heun_step(v, x, t, h):
-    """Second order, two evaluations: the mean of the slopes at both ends of an Euler step."""
+    """Second order, two evaluations: the mean of the slopes at both ends of an Euler step.
+
+    A step that ends at t = 0 is Euler's, as in EDM (Karras et al. 2022, 2206.00364, Algorithm 1): a
+    clean image shows the network no noise to judge by. One such step keeps the order.
+    """
     slope = v(x, t)
+    if t + h == 0:
+        return x + h * slope
     return x + h / 2 * (slope + v(x + h * slope, t + h))
 
 
@@ -272,7 +287,8 @@ def sample(
     """Noise → data: integrate the velocity from t = 1 to t = 0.
 
     noise (B, ...) ~ N(0, 1). solver "euler" costs one evaluation of the model a step, "heun" and
-    "rf_solver" two; guidance (cfg ≠ 1) doubles the batch. shift: see shift_time; use training's.
+    "rf_solver" two (Heun's last step one); guidance (cfg ≠ 1) doubles the batch. shift: see
+    shift_time; use training's.
     Returns (B, ...) fp32, or with return_trajectory (steps + 1, B, ...), the noise first.
     """
     return integrate(
@@ -334,7 +350,7 @@ def straightness(
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """The exponent γ whose profile has relative width σ (EDM2, eq. 126): 0.05 → 16.97, 0.10 → 6.94.
 
-    σ² = (γ + 1) / ((γ + 2)²(γ + 3)) as a cubic in γ; its largest real root. σ in (0, 0.2886).
+    σ² = (γ + 1) / ((γ + 2)²(γ + 3)) as a cubic in γ; its largest real root. σ in (0, 0.2887).
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel = {sigma_rel} must lie in (0, {12**-0.5:.4f})")

@@ -18,7 +18,9 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rf
-from data_mnist import SOURCES, Batches, ImageSet, OneHotText, load_images, to_bytes, to_unit
+from data_mnist import (
+    SOURCES,
+    Batches,
+    ImageSet,
+    OneHotText,
+    fingerprint,
+    load_images,
+    to_bytes,
+    to_unit,
+)  # fmt: skip
 from mmdit import PRESETS, MMDiT, MMDiTConfig, save_model
 
+FILES = (  # what a run leaves in its folder
+    "checkpoint.pt", "log.csv", "config.json", "model.safetensors", "samples.png", "samples.gif",
+    "loss.png",
+)  # fmt: skip
 LOG_EVERY = 20  # steps in a row of log.csv
 LOG_COLUMNS = ("step", "loss", "grad_norm", "lr")
 BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
@@ -107,9 +122,11 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, dataset: ImageSet, device: torch.device):
         self.args, self.device, self.step = args, device, 0
-        self.source, self.classes = dataset.source, dataset.classes
+        self.classes, self.source, self.images = (
+            dataset.classes, dataset.source, fingerprint(dataset),
+        )  # fmt: skip
         self.text = OneHotText(len(dataset.classes), device)
-        torch.manual_seed(args.seed)  # the initial weights; nothing later draws from global state
+        torch.manual_seed(args.seed)  # the initial weights; no step draws from global state
         self.model = MMDiT(model_config(args, dataset)).to(device)
         if args.compile:
             self.model.compile_blocks()
@@ -121,8 +138,10 @@ class Run:
         self.log = Log(args, device)
 
     def settings(self) -> dict:
-        """What defines the run: a resumed one must have the same."""
-        return {key: getattr(self.args, key) for key in SETTINGS} | {"dataset": self.source}
+        """Every option as it was resolved, and which images they were."""
+        options = {key: getattr(self.args, key) for key in (*COMMON, *DEFAULTS["cpu"])}
+        options |= {"dataset": self.source, "data_dir": str(self.args.data_dir)}
+        return options | {"images": self.images}
 
     def ema_model(self) -> MMDiT:
         model = MMDiT(self.model.config).to(self.device).eval()
@@ -150,6 +169,8 @@ class Run:
 
     def load(self, path: Path):
         state = load_checkpoint(path, self.device)
+        if state["settings"]["images"] != self.images:
+            raise ValueError(f"{path} was trained on other images: give its --data-dir to resume")
         if state["model_config"] != asdict(self.model.config):
             theirs, ours = state["model_config"], asdict(self.model.config)
             differing = ", ".join(
@@ -170,7 +191,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: there is no run to --resume, drop it")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        _ = state["settings"]["images"], state["model_config"]["dim"], state["log"]["rows"]
+        return state
     except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
         raise ValueError(
             f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out"
@@ -183,7 +206,12 @@ def model_config(args: argparse.Namespace, dataset: ImageSet) -> MMDiTConfig:
     config = PRESETS[args.preset]
     _, channels, height, width = dataset.images.shape
     fitting = [p for p in range(1, config.patch_size + 1) if height % p == 0 == width % p]
-    patch = args.patch_size or fitting[-1]
+    patch = fitting[-1] if args.patch_size is None else args.patch_size
+    if args.patch_size is None and patch < min(3, config.patch_size):
+        raise ValueError(
+            f"no patch from 3 to {config.patch_size} divides the image size {height}x{width}: take"
+            " another --size, or give --patch-size"
+        )
     if height % patch or width % patch:
         raise ValueError(f"--patch-size {patch} must divide the image size {height}x{width}")
     return replace(
@@ -194,7 +222,7 @@ def model_config(args: argparse.Namespace, dataset: ImageSet) -> MMDiTConfig:
 
 class Log:
     """Loss and gradient norm stay on the device for LOG_EVERY steps, travel to the host while
-    training goes on, and are read one interval later: no step waits for the device."""
+    training goes on, and are read one interval later: no step waits for a CUDA device."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args = args
@@ -251,7 +279,7 @@ class Log:
             left = f"{checkpoint} is from before" if checkpoint.exists() else "nothing was saved"
             raise FloatingPointError(
                 f"loss or gradient is not finite at step {step} (lr {lr:.3g}); {left}; start again"
-                " with a lower --lr"
+                " with --overwrite and a lower --lr"
             )
 
 
@@ -378,7 +406,7 @@ def plot_loss(rows: list[tuple], by_t: list[float], path: Path):
 COMMON = {
     "dataset": "auto", "data_dir": Path("data"), "size": 32, "seed": 0, "patch_size": None,
     "residual": "prenorm", "lr": 6e-3, "warmup_steps": 100, "weight_decay": 0.0, "ema": 0.05,
-    "shift": 1.0, "checkpoint_every": 1000, "cfg": 1.7, "solver": "euler", "sample_steps": 24,
+    "shift": 1.0, "checkpoint_every": 1000, "cfg": 1.6, "solver": "euler", "sample_steps": 24,
 }  # fmt: skip
 SETTINGS = (  # what a resumed run must share with the first
     "dataset", "size", "seed", "preset", "patch_size", "residual", "batch_size", "steps", "lr",
@@ -453,7 +481,9 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
     saved = {}
     if args.resume:
         saved = load_checkpoint(args.out / "checkpoint.pt")["settings"]
-    elif (args.out / "checkpoint.pt").exists() and not (args.overwrite or args.dry_run):
+        if args.dry_run or args.overwrite:
+            raise ValueError("--resume goes with neither --dry-run nor --overwrite")
+    elif any((args.out / f).exists() for f in FILES) and not (args.overwrite or args.dry_run):
         raise ValueError(
             f"--out {args.out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
@@ -462,19 +492,26 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
         given = getattr(args, key)
         if given in (None, "auto"):
             setattr(args, key, saved.get(key, default))
-        elif key in saved and given != saved[key]:
+        elif key in saved and key in SETTINGS and given != saved[key]:
             raise ValueError(
                 f"--{key.replace('_', '-')} {given} differs from the run in {args.out}, which has"
                 f" {saved[key]}: drop it to resume, or start another run with --out"
             )
     if args.compile is None:
-        args.compile = device.type == "cuda"
+        args.compile = device.type == "cuda" and find_spec("triton") is not None
+    args.data_dir = Path(args.data_dir)
     for key, names in {"preset": PRESETS, "solver": rf.SOLVERS, "dataset": SOURCES}.items():
         if getattr(args, key) not in names:
             raise ValueError(f"--{key} {getattr(args, key)!r} must be one of {', '.join(names)}")
-    for key in ("steps", "batch_size", "warmup_steps", "sample_steps", "checkpoint_every", "size"):
-        if getattr(args, key) < 1:
+    counts = ("steps", "batch_size", "warmup_steps", "sample_steps", "checkpoint_every", "size")
+    for key in (*counts, "patch_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must not be negative")
+    rf.shift_time(0.5, args.shift)  # these three raise for a value that cannot be
+    rf.gamma_from_sigma_rel(args.ema)
+    replace(PRESETS[args.preset], residual=args.residual)
     return args
 
 
@@ -486,34 +523,38 @@ def choose_device(name: str) -> torch.device:
     if not there.get(name):
         have = ", ".join(n for n, yes in there.items() if yes)
         raise ValueError(f"--device {name!r} is not here; this machine has: {have}")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
     return torch.device(name)
+
+
+def launch(args: argparse.Namespace):
+    """Data, training, exported weights, pictures."""
+    started, device = time.time(), choose_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
+    args = resolve(args, device)
+    if args.dry_run:
+        args.steps, args.sample_steps = 1, 1
+    training, held_out = load_images(args.dataset, args.data_dir, size=args.size, seed=args.seed)
+    with tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out) as folder:
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+        run = train(args, training, device, out)
+        save_model(out, run.ema_model(), run=run.settings(), classes=run.classes)
+        draw_pictures(run, held_out, out)
+    where = "dry run passed; a run would leave" if args.dry_run else "wrote"
+    print(f"{where} {', '.join(FILES)} in {args.out} ({time.time() - started:.0f} s)")
 
 
 def main(argv: list[str] | None = None):
     args = build_parser().parse_args(argv)
-    started = time.time()
     try:
-        device = choose_device(args.device)
-        args = resolve(args, device)
-        if args.dry_run:
-            args.steps, args.sample_steps = 1, 1
-        with tempfile.TemporaryDirectory() as temporary:
-            out = Path(temporary) if args.dry_run else args.out
-            out.mkdir(parents=True, exist_ok=True)
-            training, held_out = load_images(
-                args.dataset, args.data_dir, size=args.size, seed=args.seed
-            )
-            run = train(args, training, device, out)
-            settings = run.settings() | {
-                k: getattr(args, k) for k in ("cfg", "solver", "sample_steps")
-            }
-            save_model(out, run.ema_model(), run=settings, classes=run.classes)
-            draw_pictures(run, held_out, out)
-            files = ", ".join(sorted(f.name for f in out.iterdir()))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        launch(args)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_mnist.py: {error}")
-    print(f"{args.out}: {files} ({time.time() - started:.0f} s)")
+    except KeyboardInterrupt:
+        sys.exit("train_mnist.py: interrupted; what its folder holds is whole")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
 import rf
-from data_mnist import ImageSet, OneHotText, load_images, to_bytes, to_unit
+from data_mnist import (
+    ImageSet,
+    OneHotText,
+    fingerprint,
+    load_images,
+    to_bytes,
+    to_unit,
+)
 from mmdit import MMDiT, load_model
 from train_mnist import choose_device
 
-UNSEEN = 5000  # training images that the CNN never sees: the "real" row is drawn from them
+UNSEEN = 5000  # training images that the CNN never sees: the "real" row comes from them
 COLUMNS = ("solver", "steps", "evaluations", "recognised", "frechet", "frechet_ratio")
 
 # ------------------------------------------------------------------------------------------------
@@ -43,9 +50,9 @@ COLUMNS = ("solver", "steps", "evaluations", "recognised", "frechet", "frechet_r
 
 
 class Reader(nn.Module):
-    """(B, C, H, W) in [−1, 1] → features (B, 128) → class scores: three convolutions, one layer."""
+    """(B, C, S, S) in [−1, 1] → features (B, 128) → class scores: three convolutions, one layer."""
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, size: int, num_classes: int):
         super().__init__()
 
         def stage(fan_in: int, fan_out: int):
@@ -54,8 +61,8 @@ class Reader(nn.Module):
         self.features = nn.Sequential(
             *stage(channels, 32), nn.MaxPool2d(2),
             *stage(32, 64), nn.MaxPool2d(2),
-            *stage(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-            nn.Linear(512, 128), nn.ReLU(),
+            *stage(64, 128), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(128 * (size // 8) ** 2, 128), nn.ReLU(),
         )  # fmt: skip
         self.classify = nn.Linear(128, num_classes)
 
@@ -64,12 +71,13 @@ class Reader(nn.Module):
 
 
 def reader_for(dataset: ImageSet, cache: Path, device: torch.device, epochs: int = 3) -> Reader:
-    """A Reader of the data set's training images (all but the last UNSEEN), from cache if there."""
-    n_seen = len(dataset.labels) - n_unseen(dataset)
-    _, channels, height, _ = dataset.images.shape
+    """A Reader of the data set's training images but the unseen ones, from the cache if there."""
+    seen = shuffled(dataset)[n_unseen(dataset) :]
+    n_seen = len(seen)
+    _, channels, size, _ = dataset.images.shape
     torch.manual_seed(0)
-    reader = Reader(channels, len(dataset.classes)).to(device)
-    path = cache / f"reader-{dataset.source}-{height}px-{n_seen}.safetensors"
+    reader = Reader(channels, size, len(dataset.classes)).to(device)
+    path = cache / f"reader-{dataset.source}-{fingerprint(dataset)}.safetensors"
     if path.exists():
         reader.load_state_dict(load_file(path, device=str(device)))
         return reader.eval()
@@ -79,7 +87,7 @@ def reader_for(dataset: ImageSet, cache: Path, device: torch.device, epochs: int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
     with tqdm(total=total, desc="training the reader", unit="step") as bar:
         for _ in range(epochs):
-            order = torch.randperm(n_seen)
+            order = seen[torch.randperm(n_seen)]
             for part in order[: total // epochs * batch_size].split(batch_size):
                 x = to_unit(dataset.images[part].to(device))
                 loss = F.cross_entropy(reader(x), dataset.labels[part].to(device))
@@ -92,6 +100,11 @@ def reader_for(dataset: ImageSet, cache: Path, device: torch.device, epochs: int
     save_file(reader.state_dict(), path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
     return reader.eval()
+
+
+def shuffled(dataset: ImageSet) -> Tensor:
+    """The order in which the first n_unseen images are kept from the reader."""
+    return torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
 
 
 def n_unseen(dataset: ImageSet) -> int:
@@ -171,7 +184,7 @@ def main(argv: list[str] | None = None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder that train_mnist.py wrote")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="as for train_mnist.py")
+    parser.add_argument("--data-dir", type=Path, help="(default: where the run had it)")
     parser.add_argument(
         "--samples", type=int, default=1000, help="samples a setting (default: 1000)"
     )
@@ -186,7 +199,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         rows = score(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"digit_score.py: {error}")
     return rows
 
@@ -194,13 +207,20 @@ def main(argv: list[str] | None = None):
 def score(args: argparse.Namespace) -> list[tuple]:
     device = choose_device(args.device)
     model = load_model(args.run, device)
-    run = json.loads((args.run / "config.json").read_text())["run"]
-    training, test = load_images(run["dataset"], args.data_dir, size=run["size"], seed=run["seed"])
+    run = json.loads((args.run / "config.json").read_text()).get("run")
+    if run is None:
+        raise ValueError(f"{args.run} is no run of train_mnist.py: its config.json has no 'run'")
+    if args.samples < 2:
+        raise ValueError(f"--samples {args.samples} must be at least 2")
+    training, test = load_images(
+        run["dataset"], args.data_dir or run["data_dir"], size=run["size"], seed=run["seed"]
+    )
     reader = reader_for(training, args.cache, device)
     test_features, test_read = read(reader, test.images, device)
     accuracy = (test_read == test.labels).double().mean().item()
-    start = len(training.labels) - n_unseen(training)
-    unseen = slice(start, start + args.samples)
+    unseen = shuffled(training)[: min(n_unseen(training), args.samples)]
+    if len(unseen) < args.samples:
+        print(f"only {len(unseen)} unseen real images: their Fréchet distance reads too large")
     real_features, real_read = read(reader, training.images[unseen], device)
     real_share = (real_read == training.labels[unseen]).double().mean().item()
     real = (real_share, frechet_distance(real_features, test_features))
@@ -220,7 +240,7 @@ def score(args: argparse.Namespace) -> list[tuple]:
         features, classes = read(reader, images, device)
         recognised = (classes == asked).double().mean().item()
         distance = frechet_distance(features, test_features)
-        evaluations = steps * (1 if solver == "euler" else 2)
+        evaluations = {"euler": steps, "heun": 2 * steps - 1, "rf_solver": 2 * steps}[solver]
         rows.append((solver, steps, evaluations, recognised, distance, distance / real[1]))
         print(
             f"{solver:>10} {steps:>5} {evaluations:>5} {recognised:>10.1%} {distance:>8.2f}"

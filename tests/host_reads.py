@@ -1,10 +1,15 @@
 """A recorder of the operators that make the host wait for the device."""
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class HostReads(TorchDispatchMode):
-    """Records every operator that hands a tensor's value or size-by-value back to Python."""
+    """Records each operator that hands a value, or a size that depends on values, back to Python.
+
+    On a CPU nothing waits and a copy to the host is no copy, so this sees what shows in operators;
+    tests that have a GPU add torch.cuda.set_sync_debug_mode("error"), which sees everything.
+    """
 
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -14,6 +19,9 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().split("::")[1].split(".")[0]
-        if name.startswith(self.WAITS):
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name.startswith(self.WAITS) or by_mask:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))

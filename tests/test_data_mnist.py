@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ def offline(monkeypatch):
     """Any attempt to reach the network fails at once, as on a machine that has none."""
 
     def refuse(*args, **kwargs):
-        raise OSError("no network here")
+        raise URLError("no network here")  # torchvision wraps it in an error of several lines
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", refuse)
 
 
 def write_mnist(folder, n=12):
@@ -54,7 +56,7 @@ def test_auto_says_in_one_line_that_it_trains_on_glyphs(tmp_path, offline, capsy
     monkeypatch.setattr(data_mnist, "glyphs", lambda n, seed: glyphs(20, seed))
     assert load_images("auto", tmp_path)[0].source == "glyphs"
     lines = capsys.readouterr().err.strip().splitlines()
-    assert [line for line in lines if "glyphs" in line and "no network here" in line]
+    assert len(lines) == 1 and "glyphs" in lines[0] and "no network here" in lines[0]
 
 
 def test_mnist_never_falls_back(tmp_path, offline):
@@ -100,7 +102,7 @@ def test_grey_folder_has_one_channel(tmp_path):
     assert load_images("folder", tmp_path, size=8)[0].images.shape == (2, 1, 8, 8)
 
 
-def write_parquet(path, n=20, column="img", bad=()):
+def write_parquet(path, n=20, column="img", names=("ant", "cat")):
     import io
 
     datasets = pytest.importorskip("datasets")
@@ -108,8 +110,8 @@ def write_parquet(path, n=20, column="img", bad=()):
     for i in range(n):
         buffer = io.BytesIO()
         Image.new("RGB", (10, 10), (10 * i, 0, 255 - 10 * i)).save(buffer, "PNG")
-        cells.append({"bytes": b"broken" if i in bad else buffer.getvalue(), "path": None})
-        labels.append("cat" if i % 2 else "ant")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+        labels.append(names[i % 2])
     datasets.Dataset.from_dict({column: cells, "label": labels}).to_parquet(path)
 
 
@@ -144,6 +146,45 @@ def test_bad_sources_say_the_way_out(tmp_path):
         load_images("folder", tmp_path)
     with pytest.raises(ValueError, match=r"no \.parquet file"):
         load_images("parquet", tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match="is not readable parquet"):
+        load_images("parquet", tmp_path)
+    with pytest.raises(ValueError, match="is a file; --dataset folder needs a folder"):
+        load_images("folder", tmp_path / "broken.parquet")
+
+
+def test_parquet_splits_are_told_by_whole_words_in_the_path(tmp_path):
+    for name, n in [("train/0000", 20), ("test/0000", 4), ("train/latest", 6)]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", n=n)
+    train, test = load_images("parquet", tmp_path, size=8)
+    assert len(train.labels) == 26 and len(test.labels) == 4
+
+
+def test_parquet_labels_mean_the_same_in_both_splits(tmp_path):
+    """A test split without the first class keeps the training's numbers; a new label is refused."""
+    write_parquet(tmp_path / "train.parquet")
+    write_parquet(tmp_path / "test.parquet", n=4, names=("cat", "cat"))
+    assert load_images("parquet", tmp_path, size=8)[1].labels.tolist() == [1, 1, 1, 1]
+    write_parquet(tmp_path / "test.parquet", n=4, names=("cat", "dog"))
+    with pytest.raises(ValueError, match=r"unknown labels \['dog'\]"):
+        load_images("parquet", tmp_path, size=8)
+
+
+def test_cifar10_is_channels_first_and_keeps_its_names(monkeypatch, tmp_path):
+    class Stand:
+        classes = ("airplane", "bird")
+
+        def __init__(self, root, train, download):
+            self.data = np.zeros((4, 32, 32, 3), np.uint8)
+            self.data[:, :, :, 2] = 7  # blue
+            self.targets = [0, 1, 1, int(train)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Stand)
+    train, test = load_images("cifar10", tmp_path)
+    assert train.images.shape == (4, 3, 32, 32) and (train.images[:, 2] == 7).all()
+    assert train.classes == ["airplane", "bird"] and train.labels.tolist() == [0, 1, 1, 1]
+    assert test.labels.tolist() == [0, 1, 1, 0]
 
 
 def test_parquet_lists_the_columns_there_are(tmp_path):

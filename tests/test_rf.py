@@ -100,6 +100,8 @@ def test_shift_moves_logits_by_log_alpha():
     plain = rf.sample_time(8, generator=generator)
     moved = rf.sample_time(8, shift=3.0, generator=generator.manual_seed(0))
     assert torch.allclose(moved, rf.shift_time(plain, 3.0))
+    extreme = rf.sample_time(10_000, shift=1000.0, generator=generator)
+    assert extreme.min() > 0 and extreme.max() < 1
 
 
 def test_timesteps_run_from_noise_to_data():
@@ -171,6 +173,52 @@ def test_guidance_extrapolates_from_null_to_text():
     assert torch.equal(rf.guided_velocity(model, x, t, text, None, cfg=1.0), v_text)
     for cfg, expected in [(0.0, v_null), (1.0, v_text), (2.5, v_null + 2.5 * (v_text - v_null))]:
         assert torch.allclose(rf.guided_velocity(model, x, t, text, null, cfg), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_guided_sampling_keeps_samples_apart(shape):
+    """Each sample of a guided run equals that sample run alone, at every shape."""
+
+    def model(x, t, text):
+        return x * text.reshape(-1, *[1] * (x.ndim - 1)) + t.reshape(-1, *[1] * (x.ndim - 1))
+
+    noise, text, null = randn(*shape), randn(shape[0], 1, seed=1), randn(1, 1, seed=2)
+    how = {"null_text": null, "cfg": 2.0, "steps": 3}
+    for solver in rf.SOLVERS:
+        out = rf.sample(model, noise, text, solver=solver, **how)
+        back = rf.invert(model, noise, text, solver=solver, **how)
+        assert out.shape == back.shape == shape
+        for i in range(shape[0]):
+            one = (noise[i : i + 1], text[i : i + 1])
+            assert torch.allclose(out[i], rf.sample(model, *one, solver=solver, **how)[0])
+            assert torch.allclose(back[i], rf.invert(model, *one, solver=solver, **how)[0])
+    bent = rf.straightness(model, noise, text, **how)
+    assert bent.shape == (shape[0],)
+    for i in range(shape[0]):
+        alone = rf.straightness(model, noise[i : i + 1], text[i : i + 1], **how)
+        assert torch.allclose(bent[i], alone[0])
+
+
+def test_guidance_of_a_bf16_model_is_combined_in_fp32():
+    def model(x, t, text):
+        return (x + text).bfloat16()
+
+    x, t = randn(3, 2, dtype=torch.float32), torch.zeros(3)
+    text, null = randn(3, 2, seed=1, dtype=torch.float32), torch.zeros(1, 2)
+    v = rf.guided_velocity(model, x, t, text, null, cfg=3.0)
+    v_text, v_null = model(x, t, text).float(), model(x, t, null).float()
+    assert v.dtype == torch.float32 and torch.equal(v, v_null + 3 * (v_text - v_null))
+
+
+def test_heun_does_not_ask_at_a_clean_image():
+    asked = []
+
+    def model(x, t, text):
+        asked.append(t[0].item())
+        return gaussian_velocity(x, t)
+
+    rf.sample(model, randn(2, 2), None, steps=4, solver="heun")
+    assert len(asked) == 7 and min(asked) == 0.25
 
 
 def test_guidance_is_one_batch_and_needs_a_null_text():

@@ -125,34 +125,103 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 def new_run(*options):
     parser = train_mnist.build_parser()
     args = parser.parse_args([*QUICK, "--preset", "small", "--steps", "8", *options])
-    args = train_mnist.resolve(args, torch.device("cpu"))
+    device = torch.device(args.device)
     dataset, _ = few_glyphs("glyphs")
-    return train_mnist.Run(args, dataset, torch.device("cpu")), dataset
+    return train_mnist.Run(train_mnist.resolve(args, device), dataset, device), dataset
 
 
-def test_a_step_never_reads_a_value_back():
+def test_a_step_never_reads_a_value_back(tmp_path):
     run, dataset = new_run()
     batches = data_mnist.Batches(dataset, 4, seed=0, flip=True, dropout=0.1, device="cpu")
     batches.indices(0)  # the epoch's permutation is drawn once, on the host
     with HostReads() as reads:
-        batch = batches[0]
-        train_mnist.train_step(run, batch, 1.0)
+        train_mnist.train_step(run, batches[0], 1.0)
         run.ema.update(1)
+        run.log.send(3)
     assert reads.seen == []
 
 
-def test_steps_are_flow_matching_on_the_drawn_noise_and_time():
-    """The logged loss is that of the lines' velocity at stratified logit-normal times."""
-    run, dataset = new_run()
-    batches = data_mnist.Batches(dataset, 4, seed=0, flip=False, dropout=0.1, device="cpu")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu():
+    run, dataset = new_run("--device", "cuda")
+    batches = data_mnist.Batches(dataset, 4, seed=0, flip=True, dropout=0.1, device="cuda")
+    for step in range(2):  # the first step allocates and compiles
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            train_mnist.train_step(run, batches[step], 1.0)
+            run.ema.update(step + 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_flow_matching_and_mup_adamw(monkeypatch):
+    """What reaches the loss is the drawn line, and what moves is each group at its own rate."""
+    run, dataset = new_run("--shift", "2", "--lr", "0.01")
+    batches = data_mnist.Batches(dataset, 4, seed=0, flip=False, dropout=0.5, device="cpu")
+    seen, real = {}, rf.rf_loss
+
+    def recorded(model, data, text, *, t, noise):
+        seen.update(data=data, text=text, t=t, noise=noise)
+        return real(model, data, text, t=t, noise=noise)
+
+    monkeypatch.setattr(rf, "rf_loss", recorded)
     batch = batches[0]
     state = batch.generator.get_state()
-    train_mnist.train_step(run, batch, 1.0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    train_mnist.train_step(run, batch, 0.25)
     batch.generator.set_state(state)
-    rf.sample_time(4, stratified=True, generator=batch.generator)
+    t = rf.sample_time(4, shift=2.0, stratified=True, generator=batch.generator)
+    assert torch.equal(seen["t"], t)
     noise = torch.randn(batch.data.shape, generator=batch.generator)
+    assert torch.equal(seen["noise"], noise) and torch.equal(seen["data"], batch.data)
+    assert torch.equal(seen["text"], run.text(batch.labels))
     # a fresh model answers 0, so the loss is the mean square of noise − data
     assert run.log.buffer[0, 0] == pytest.approx((noise - batch.data).square().mean().item())
+    # Adam's first step moves every entry with a gradient by its group's rate
+    rates = {id(p): g["lr"] for g in run.optimizer.param_groups for p in g["params"]}
+    wanted = {id(p): g["lr"] / 4 for g in run.model.param_groups(0.01) for p in g["params"]}
+    assert rates == pytest.approx(wanted)
+    moved = 0
+    for p, old in zip(run.model.parameters(), before, strict=True):
+        step = (p.detach() - old).abs().max().item()
+        moved += step > 0
+        assert step == 0 or step == pytest.approx(rates[id(p)], rel=1e-3)
+    assert moved > 0
+
+
+def test_gradients_are_clipped(monkeypatch):
+    run, dataset = new_run()
+    batches = data_mnist.Batches(dataset, 4, seed=0, flip=False, dropout=0.1, device="cpu")
+    real, norms = rf.rf_loss, []
+    monkeypatch.setattr(rf, "rf_loss", lambda *a, **k: 1000 * real(*a, **k))
+
+    def norm_before_the_step():
+        grads = [p.grad.flatten() for p in run.model.parameters() if p.grad is not None]
+        norms.append(torch.cat(grads).norm().item())
+
+    run.optimizer.register_step_pre_hook(lambda *a: norm_before_the_step())
+    train_mnist.train_step(run, batches[0], 1.0)
+    assert norms[0] == pytest.approx(train_mnist.CLIP, rel=1e-3)
+    assert run.log.buffer[1, 0] > 10  # the log has the norm before clipping
+
+
+def test_training_flips_cifar_alone_and_drops_a_tenth_of_the_captions(tmp_path, monkeypatch):
+    made = []
+
+    class Spy(data_mnist.Batches):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(train_mnist, "Batches", Spy)
+    colour = data_mnist.ImageSet(
+        torch.zeros(8, 3, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), ["a"], "x"
+    )
+    monkeypatch.setattr(train_mnist, "load_images", lambda *a, **k: (colour, colour))
+    run(tmp_path / "a", "--dataset", "cifar10", "--steps", "1")
+    run(tmp_path / "b", "--dataset", "mnist", "--steps", "1")
+    assert [m["flip"] for m in made] == [True, False]
+    assert [m["dropout"] for m in made] == [0.1, 0.1]
 
 
 # --- interruption --------------------------------------------------------------------------------
@@ -238,9 +307,13 @@ def test_sigkill_while_a_checkpoint_is_written_leaves_the_previous_one(tmp_path)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert (tmp_path / "checkpoint.partial").exists()
     assert checkpoint(tmp_path)["step"] == 2
-    train_mnist.main(["--resume", "--device", "cpu", "--out", str(tmp_path)])
-    assert checkpoint(tmp_path)["step"] == 6
+    resume = [*command[:3], "--resume", "--device", "cpu", "--out"]
+    resume[2] = script.replace('state["step"] == 4', "False")
+    subprocess.run([*resume, str(tmp_path)], check=True, capture_output=True)
     assert not (tmp_path / "checkpoint.partial").exists()
+    whole = [*resume[:3], *options, "--out", str(tmp_path / "whole")]
+    subprocess.run(whole, check=True, capture_output=True)
+    assert_equal(checkpoint(tmp_path), checkpoint(tmp_path / "whole"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path, monkeypatch):
@@ -268,11 +341,40 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path, monkeypatc
 def test_a_folder_with_a_run_is_not_overwritten_by_accident(tmp_path):
     run(tmp_path, "--steps", "1")
     before = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "kept")
+    assert "already holds a run" in error_of(tmp_path, "--steps", "1")  # the log alone is a run
+    (tmp_path / "kept").rename(tmp_path / "checkpoint.pt")
     message = error_of(tmp_path, "--steps", "1")
     assert "already holds a run" in message and "--resume" in message and "--overwrite" in message
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     run(tmp_path, "--steps", "2", "--overwrite")
     assert checkpoint(tmp_path)["step"] == 2
+
+
+def test_an_overwriting_run_that_dies_leaves_no_old_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, "--steps", "1")
+    after_step(monkeypatch, 1, kill)
+    with pytest.raises(Killed):
+        run(tmp_path, "--steps", "3", "--overwrite")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_resume_keeps_the_options_of_the_pictures(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(tmp_path, "--steps", "3", "--cfg", "3", "--solver", "heun")
+    before = (tmp_path / "config.json").read_text()
+    assert '"solver": "heun"' in before and '"cfg": 3.0' in before
+    train_mnist.main(["--resume", "--device", "cpu", "--out", str(tmp_path)])
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_resume_on_other_images_is_refused(tmp_path, monkeypatch):
+    run(tmp_path, "--steps", "1")
+    monkeypatch.setattr(
+        train_mnist, "load_images", lambda *a, **k: (data_mnist.glyphs(100, seed=9),) * 2
+    )
+    assert "trained on other images" in error_of(tmp_path, "--resume")
 
 
 def test_resume_takes_the_runs_options_and_refuses_others(tmp_path):
@@ -294,6 +396,10 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"something else")
     assert "is no checkpoint of this script" in error_of(tmp_path, "--resume")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+    assert "is no checkpoint of this script" in error_of(tmp_path, "--resume")
+    (tmp_path / "taken").write_text("a file")
+    assert "taken" in error_of(tmp_path / "taken")
 
 
 @pytest.mark.parametrize(
@@ -307,11 +413,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
         (["--device", "tpu"], "--device 'tpu' is not here; this machine has: cpu"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere does not exist"),
         (["--residual", "post"], "residual = 'post' must be one of"),
+        (["--ema", "0.5"], "sigma_rel = 0.5 must lie in"),
+        (["--shift", "0"], "shift = 0.0 must be positive"),
+        (["--seed", "-1"], "--seed -1 must not be negative"),
+        (["--patch-size", "0"], "--patch-size 0 must be at least 1"),
+        (["--resume", "--dry-run"], "does not exist"),
     ],
 )
 def test_bad_options_end_in_one_line(tmp_path, options, message):
     assert message in error_of(tmp_path / "out", *options)
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    if "--patch-size" not in options:  # what the data decides is known only after they are read
+        assert not (tmp_path / "out").exists()
 
 
 # --- what it needs -------------------------------------------------------------------------------
