@@ -361,8 +361,11 @@ def save_gif(path: Tensor, columns: int, file: Path):
     from PIL import Image
 
     frames = [Image.fromarray(grid(images, columns)) for images in path]
-    factor = max(1, round(560 / frames[0].width))
-    frames = [f.resize((f.width * factor, f.height * factor), Image.NEAREST) for f in frames]
+    factor = max(1, round(300 / frames[0].width))
+    frames = [
+        frame.resize((frame.width * factor, frame.height * factor), Image.NEAREST).quantize(32)
+        for frame in frames  # noise does not compress: few colours and no more pixels than needed
+    ]
     durations = [120] * (len(frames) - 1) + [2000]  # milliseconds
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
