@@ -68,7 +68,8 @@ def _same_shape(data: Tensor, noise: Tensor):
 U_SHAPE = 4.0
 TIME_DISTRIBUTIONS = {  # name → inverse of the distribution function, u in (0, 1) → t in (0, 1)
     "uniform": lambda u: u,
-    # t = sigmoid(z), z ~ N(0, 1): the middle, where the velocity is hardest (SD3, eq. 19)
+    # t = sigmoid(z), z ~ N(0, 1): the middle, for at the ends the best answer is a mere mean and
+    # soon learned (SD3, eq. 19)
     "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
     # both ends: for reflow, where the middle is easy. F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
     "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,

@@ -371,7 +371,7 @@ def save_gif(path: Tensor, columns: int, file: Path):
 
 
 def loss_against_t(run: Run, model: MMDiT, held_out: ImageSet) -> list[float]:
-    """Mean loss of held-out images in T_BINS bins of t, 0 to 1: the ends are the hard part."""
+    """Mean loss of held-out images in each of T_BINS equal bins of t, from 0 to 1."""
     n = min(1000, len(held_out.labels))
     generator = torch.Generator().manual_seed(run.args.seed)
     data, labels = to_unit(held_out.images[:n]), held_out.labels[:n]
