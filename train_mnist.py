@@ -122,9 +122,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, dataset: ImageSet, device: torch.device):
         self.args, self.device, self.step = args, device, 0
-        self.classes, self.source, self.images = (
-            dataset.classes, dataset.source, fingerprint(dataset),
-        )  # fmt: skip
+        self.classes, self.source = dataset.classes, dataset.source
+        self.images = fingerprint(dataset)
         self.text = OneHotText(len(dataset.classes), device)
         torch.manual_seed(args.seed)  # the initial weights; no step draws from global state
         self.model = MMDiT(model_config(args, dataset)).to(device)
@@ -454,13 +453,13 @@ def build_parser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add(training, "steps", "optimizer steps", type=int)
     add(training, "batch-size", "images a step", type=int)
-    add(training, "lr", "learning rate at muP's base width; serves every preset", type=float)
+    add(training, "lr", "learning rate at muP's base width; holds over width", type=float)
     add(training, "warmup-steps", "steps until the full rate; then a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
     add(training, "ema", "width of the weights' average, as a share of the run", type=float)
     add(training, "shift", "more time near the noise if above 1", type=float)
     add(training, "seed", "of weights, order, noise and time", type=int)
-    add(training, "compile", "torch.compile the blocks (default: on CUDA)", action=Flag)
+    add(training, "compile", "compile the blocks (default: with CUDA and Triton)", action=Flag)
     add(training, "device", "auto, cpu, mps or cuda (default: auto)", default="auto")
 
     sampling = parser.add_argument_group("pictures")
