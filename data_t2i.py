@@ -11,6 +11,7 @@ the same on one rank and on a hundred, before and after a resume: ranks only sha
 Shapes: B batch, T text tokens, E text features, (C, H, W) what the network sees of an image.
 """
 
+import signal
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import rf
-from data_mnist import mix_seed, to_unit
+from data_mnist import mix_seed, to_bytes, to_unit
 
 GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
 
@@ -32,36 +33,39 @@ GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, 
 
 
 class HashText:
-    """Frozen random word vectors, N(0, 1) seeded by the word, plus sinusoidal positions.
+    """Frozen random word vectors of length about 1, seeded by the word, plus sinusoidal positions.
 
     Any vocabulary, no download, the same on every machine. Order is told by the positions; meaning
     is the network's to learn. The empty caption is all zeros.
     """
 
-    name = "hash"
+    name, in_workers = "hash", True
 
     def __init__(self, dim: int = 64, tokens: int = 16):
         self.dim, self.tokens = dim, tokens
         self.vector = lru_cache(maxsize=100_000)(self._vector)
         frequencies = torch.exp(-np.log(1000) * torch.arange(dim // 2) / (dim // 2))
         angles = torch.arange(tokens)[:, None] * frequencies
-        self.positions = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, E)
+        self.positions = torch.cat([angles.sin(), angles.cos()], dim=1) / dim**0.5  # (T, E)
 
     def _vector(self, word: str) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-        return torch.randn(self.dim, generator=generator)
+        return torch.randn(self.dim, generator=generator) / self.dim**0.5
 
     def __call__(self, captions: list[str]) -> Tensor:
         features = torch.zeros(len(captions), self.tokens, self.dim)
         for row, caption in zip(features, captions, strict=True):
             words = caption.lower().replace(",", " ").split()[: self.tokens]
-            for i, word in enumerate(words):
-                row[i] = self.vector(word) + self.positions[i]
+            if words:
+                vectors = torch.stack([self.vector(word) for word in words])
+                row[: len(words)] = vectors + self.positions[: len(words)]
         return features
 
 
 class HuggingFaceText:
     """The encoder of a T5 or UMT5 model, by hub name or local folder; padded rows are zeroed."""
+
+    in_workers = False  # too large to stand in every worker: the trainer encodes on the device
 
     def __init__(self, name: str, tokens: int = 256, device: str | torch.device = "cpu"):
         try:
@@ -97,33 +101,36 @@ class HuggingFaceText:
         return features * batch.attention_mask[..., None]
 
 
-def text_encoder(name: str, **kwargs):
-    """`hash`, or the name or folder of a T5 / UMT5."""
-    return HashText(**kwargs) if name == "hash" else HuggingFaceText(name, **kwargs)
+def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu"):
+    """`hash`, or the name or folder of a T5 / UMT5; captions are cut or padded to `tokens`."""
+    return HashText(tokens=tokens) if name == "hash" else HuggingFaceText(name, tokens, device)
 
 
 # ------------------------------------------------------------------------------------------------
-# Image encoders: (B, 3, H, W) uint8 ↔ what the network sees
+# Image encoders: (B, 3, H, W) uint8 ↔ what the network sees, (B, C, h, w) fp32
 # ------------------------------------------------------------------------------------------------
 
 
 class Pixels:
     """The image itself in [−1, 1]."""
 
-    name, channels, factor = "pixels", 3, 1
+    name, channels, factor, random = "pixels", 3, 1, False
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
         return to_unit(images)
 
     def decode(self, x: Tensor) -> Tensor:
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return to_bytes(x)
 
 
 class VAE:
     """A diffusers AutoencoderKL, by hub name or local folder. Latents are scaled to about N(0, 1).
 
-    encode gives (B, 2C, h, w): mean and log-variance, to be sampled afresh in every epoch.
+    An image has a distribution of latents, N(mean, variance): `grain` (B, C, h, w) ~ N(0, 1) picks
+    one, another in every epoch; without grain it is the mean.
     """
+
+    random = True
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         try:
@@ -141,19 +148,19 @@ class VAE:
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        return self.model.encode(to_unit(images).to(self.device)).latent_dist.parameters
-
-    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """(B, 2C, h, w) mean and log-variance, noise (B, C, h, w) → scaled latents."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+    def encode(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
+        posterior = self.model.encode(to_unit(images).to(self.device)).latent_dist
+        z = posterior.mean if grain is None else posterior.mean + posterior.std * grain
         return (z - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        images = self.model.decode(x.to(self.device) / self.scale + self.shift).sample
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return to_bytes(self.model.decode(x.to(self.device) / self.scale + self.shift).sample)
+
+
+def image_encoder(name: str, device: str | torch.device = "cpu"):
+    """`pixels`, or the name or folder of an AutoencoderKL."""
+    return Pixels() if name == "pixels" else VAE(name, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,20 +169,39 @@ class VAE:
 
 
 class Batch(NamedTuple):
-    data: Tensor  # (B, C, H, W) fp32
-    text: Tensor  # (B, T, E) fp32, zeros where the caption was dropped
+    """What the workers make; encode() turns it into what the flow takes."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    text: Tensor | list[str]  # (B, T, E) fp32, or captions still to be encoded; dropped ones empty
     t: Tensor  # (B,) fp32
-    noise: Tensor  # (B, C, H, W) fp32
+    noise: Tensor  # (B, C, h, w) fp32
+    grain: Tensor | None  # (B, C, h, w) fp32, see VAE; None for pixels
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(x.pin_memory() if isinstance(x, Tensor) else x for x in self))
+
+
+def encode(batch: Batch, image, text, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """→ data (B, C, h, w), text (B, T, E), t (B,), noise (B, C, h, w), on the device, fp32."""
+    features = text(batch.text) if isinstance(batch.text, list) else batch.text
+    images, features, t, noise, grain = (
+        x if x is None else x.to(device, non_blocking=True)
+        for x in (batch.images, features, batch.t, batch.noise, batch.grain)
+    )
+    return image.encode(images, grain), features, t, noise
 
 
 class Samples(Dataset):
     """The row of samples: positions → a Batch, each sample from (seed, position) alone."""
 
     def __init__(
-        self, source, text, *, seed: int, dropout: float = 0.1, distribution: str = "logit_normal",
-        shift: float = 1.0,
+        self, source, text, image=None, *, seed: int, dropout: float = 0.1,
+        distribution: str = "logit_normal", shift: float = 1.0,
     ):  # fmt: skip
-        self.source, self.text, self.seed, self.dropout = source, text, seed, dropout
+        self.source, self.seed, self.dropout = source, seed, dropout
+        image = image or Pixels()
+        self.text = text if text.in_workers else list  # captions travel as they are
+        self.channels, self.factor, self.random = image.channels, image.factor, image.random
         self.distribution, self.shift = distribution, shift
         self.permutation = lru_cache(maxsize=2)(self._permutation)
         self.first_u = np.random.default_rng((seed, 1)).random()
@@ -185,7 +211,7 @@ class Samples(Dataset):
         return torch.randperm(len(self.source), generator=generator)
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        pictures, captions, noise, generator = [], [], [], torch.Generator()
+        pictures, captions, noise, grain, generator = [], [], [], [], torch.Generator()
         for position in positions:
             epoch, place = divmod(position, len(self.source))
             picture, caption = self.source[int(self.permutation(epoch)[place])]
@@ -193,12 +219,16 @@ class Samples(Dataset):
             dropped = torch.rand((), generator=generator).item() < self.dropout
             captions.append("" if dropped else caption)
             pictures.append(torch.from_numpy(picture))
-            noise.append(torch.randn(picture.shape, generator=generator))
+            shape = (self.channels, *(side // self.factor for side in picture.shape[1:]))
+            noise.append(torch.randn(shape, generator=generator))
+            if self.random:
+                grain.append(torch.randn(shape, generator=generator))
         # Neighbouring positions get times a golden step apart: every batch covers all of time
         # evenly, whichever rank it lies on (a stratified draw that needs no batch).
         u = (self.first_u + np.array(positions, float) * GOLDEN) % 1
         t = rf.time_at(torch.tensor(u, dtype=torch.float32), self.distribution, self.shift)
-        return Batch(to_unit(torch.stack(pictures)), self.text(captions), t, torch.stack(noise))
+        grain = torch.stack(grain) if self.random else None
+        return Batch(torch.stack(pictures), self.text(captions), t, torch.stack(noise), grain)
 
 
 class RankPositions:
@@ -208,12 +238,8 @@ class RankPositions:
     """
 
     def __init__(self, seen: int, micro_batch: int, rank: int, world_size: int):
-        self.seen, self.micro_batch, self.rank, self.world_size = (
-            seen,
-            micro_batch,
-            rank,
-            world_size,
-        )
+        self.seen, self.micro_batch = seen, micro_batch
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.seen + self.rank * self.micro_batch
@@ -233,7 +259,18 @@ def loader(
             batch_sampler=RankPositions(seen, micro_batch, rank, world_size),
             num_workers=workers,
             pin_memory=pin_memory,
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_trainer,
             persistent_workers=workers > 0,
         )
     )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals_to_the_trainer(worker: int):
+    """Launchers signal the whole process tree: the trainer still needs batches to end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

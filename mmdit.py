@@ -103,7 +103,12 @@ PRESETS = {
     ),
     # chapter 2: the same network, from a laptop to AuraFlow
     "tiny": MMDiTConfig(
-        dim=128, head_dim=64, n_layers=6, n_double_layers=1, text_dim=128, mlp_multiple_of=64
+        in_channels=3, patch_size=4, dim=96, head_dim=32, n_layers=5, n_double_layers=1,
+        text_dim=64, max_grid=5, n_registers=0, mlp_multiple_of=32,
+    ),
+    "small": MMDiTConfig(
+        in_channels=3, dim=512, head_dim=64, n_layers=8, n_double_layers=2, text_dim=64,
+        max_grid=16, n_registers=4, mlp_multiple_of=64,
     ),
     "0.2b": MMDiTConfig(dim=768, n_layers=16, n_double_layers=2),
     "1b": MMDiTConfig(dim=1536, n_layers=20, n_double_layers=3),
@@ -512,16 +517,21 @@ class MMDiT(nn.Module):
 
 
 def save_model(path: str | Path, model: MMDiT, **sections):
+    """save_weights of a model."""
+    save_weights(path, model.config, model.state_dict(), **sections)
+
+
+def save_weights(path: str | Path, config: MMDiTConfig, tensors: dict[str, Tensor], **sections):
     """Write path/model.safetensors and path/config.json; each replaced whole or not at all.
 
     config.json holds {"model": the MMDiTConfig, **sections}: further sections are the caller's.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, path / "model.safetensors.partial")
-    config = {"model": asdict(model.config), **sections}
-    (path / "config.json.partial").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors.partial")
+    contents = {"model": asdict(config), **sections}
+    (path / "config.json.partial").write_text(json.dumps(contents, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         os.replace(path / f"{name}.partial", path / name)
 

@@ -9,28 +9,58 @@ GenEval's (Ghosh et al. 2023, 2310.11513): single_object, two_object, counting, 
 color_attr; "combined" captions mix them and are trained on, not scored.
 
 Some colour x shape pairs, some relations, and some wordings are never trained on (see held_out), so
-a score on prompts from there measures what was understood, not what was remembered.
+a score on prompts from there measures what was understood, not what was remembered. A World is as
+rich as the machine can learn: a few shapes at 20 pixels on a CPU, all of them at 256 on a cluster.
 
 Lengths are shares of the picture's side; y grows downwards. Item i depends on (seed, i) alone.
 Imports nothing of ours.
 """
 
-import zlib
+import hashlib
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+# In an order in which small ones are well told apart: a circle of 3 pixels is almost a square.
+SHAPES = ("square", "cross", "ring", "triangle", "star", "circle")
 COLORS = {
     "red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (245, 225, 50),
-    "orange": (250, 140, 20), "purple": (140, 50, 190), "cyan": (60, 220, 230),
-    "pink": (250, 140, 200), "brown": (130, 80, 45), "white": (250, 250, 250),
+    "white": (250, 250, 250), "purple": (140, 50, 190), "cyan": (60, 220, 230),
+    "orange": (250, 140, 20), "pink": (250, 140, 200), "brown": (130, 80, 45),
 }  # fmt: skip
-SIZES = {"small": 0.13, "large": 0.19}  # radius
+SIZES = {"small": 0.14, "large": 0.19}  # radius
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = ("no", "one", "two", "three", "four")
-MAX_WORDS = 16  # no caption is longer
+MAX_WORDS = 12  # no caption is longer
+
+
+class World(NamedTuple):
+    """How rich the pictures are: the first so many SHAPES and COLORS, on a square of `size` pixels.
+
+    `places` x `places` points at which things may stand; size is every pixel.
+    Raises ValueError from `checked` for a world that cannot be drawn or read.
+    """
+
+    size: int = 32
+    shapes: int = len(SHAPES)
+    colors: int = len(COLORS)
+    places: int = 32
+
+    def checked(self) -> "World":
+        if self.size < 20:
+            raise ValueError(f"shapes on {self.size} pixels cannot be told apart, use at least 20")
+        if not 2 <= self.shapes <= len(SHAPES):
+            raise ValueError(f"a world has 2 to {len(SHAPES)} shapes, not {self.shapes}")
+        if not 3 <= self.colors <= len(COLORS):
+            raise ValueError(f"a world has 3 to {len(COLORS)} colours, not {self.colors}")
+        if not 10 <= self.places <= self.size:
+            raise ValueError(f"a world of {self.size} pixels has 10 to {self.size} places a side")
+        return self
+
+
+FULL = World()
 
 # ------------------------------------------------------------------------------------------------
 # Meaning and caption
@@ -54,14 +84,16 @@ class Meaning(NamedTuple):
     relation: str | None = None
 
 
-def draw_meaning(rng: np.random.Generator, tag: str) -> Meaning:
+def pick(rng: np.random.Generator, options) -> str:
+    return list(options)[rng.integers(len(options))]
+
+
+def draw_meaning(rng: np.random.Generator, tag: str, world: World = FULL) -> Meaning:
     """A random meaning of one tag."""
+    shapes, palette = SHAPES[: world.shapes], list(COLORS)[: world.colors]
 
-    def pick(names) -> str:
-        return str(rng.choice(list(names)))
-
-    first, second = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    colors = [str(c) for c in rng.choice(list(COLORS), 2, replace=False)]
+    first, second = (shapes[i] for i in rng.permutation(len(shapes))[:2])
+    colors = [palette[i] for i in rng.permutation(len(palette))[:2]]
     if tag == "single_object":
         return Meaning(tag, (Group(1, first),))
     if tag == "two_object":
@@ -71,7 +103,7 @@ def draw_meaning(rng: np.random.Generator, tag: str) -> Meaning:
     if tag == "colors":
         return Meaning(tag, (Group(1, first, colors[0]),))
     if tag == "position":
-        return Meaning(tag, (Group(1, first), Group(1, second)), pick(RELATIONS))
+        return Meaning(tag, (Group(1, first), Group(1, second)), pick(rng, RELATIONS))
     if tag == "color_attr":
         return Meaning(tag, (Group(1, first, colors[0]), Group(1, second, colors[1])))
     if tag == "combined":
@@ -79,33 +111,33 @@ def draw_meaning(rng: np.random.Generator, tag: str) -> Meaning:
         counts = (int(rng.integers(1, 3)), 1)[: 1 + two]
         sized = sum(counts) <= 2 and rng.random() < 0.5  # three large things would hardly fit
         groups = tuple(
-            Group(count, shape, color, pick(SIZES) if sized else None)
+            Group(count, shape, color, pick(rng, SIZES) if sized else None)
             for count, shape, color in zip(counts, (first, second), colors, strict=False)
         )
-        return Meaning(tag, groups, pick(RELATIONS) if two and rng.random() < 0.7 else None)
+        return Meaning(tag, groups, pick(rng, RELATIONS) if two and rng.random() < 0.7 else None)
     raise ValueError(f"tag {tag!r} must be one of {', '.join(TAGS)} or combined")
 
 
 def write_caption(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of several wordings of a meaning."""
 
-    def pick(options) -> str:
-        return str(rng.choice(options))
-
     def phrase(group: Group) -> str:
-        count = pick(("a", "one")) if group.count == 1 else COUNTS[group.count]
+        count = pick(rng, ("a", "one")) if group.count == 1 else COUNTS[group.count]
         words = [count, group.size, group.color, group.shape]
         plural = "" if group.count == 1 else "es" if group.shape == "cross" else "s"
         return " ".join(w for w in words if w) + plural
 
     phrases = [phrase(group) for group in meaning.groups]
     if meaning.relation in ("left of", "right of"):
-        middle = pick((f" {meaning.relation} ", f" to the {meaning.relation} "))
+        middle = pick(rng, (f" {meaning.relation} ", f" to the {meaning.relation} "))
     elif meaning.relation is not None:
         middle = f" {meaning.relation} "
     else:
-        middle = pick((" and ", " with "))
-    return pick(("", "a picture of ", "an image of ", "this shows ")) + middle.join(phrases)
+        middle = pick(rng, (" and ", " with "))
+    caption = middle.join(phrases)
+    opening = pick(rng, ("", "a picture of ", "an image of ", "this shows "))
+    fits = len((opening + caption).split()) <= MAX_WORDS
+    return opening + caption if fits else caption
 
 
 def held_out(meaning: Meaning, caption: str) -> bool:
@@ -114,14 +146,19 @@ def held_out(meaning: Meaning, caption: str) -> bool:
         return True
     if meaning.relation is not None:
         first, second = (g.shape for g in meaning.groups)
-        if zlib.crc32(f"{first} {meaning.relation} {second}".encode()) % 10 == 0:
+        if one_in(10, f"{first} {meaning.relation} {second}"):
             return True
-    return zlib.crc32(caption.encode()) % 8 == 0
+    return one_in(5, caption)
+
+
+def one_in(n: int, text: str) -> bool:
+    """True for one text in n, always the same ones."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % n == 0
 
 
 def held_out_pair(shape: str, color: str | None) -> bool:
-    """One colour of each shape, another for each: a cyan circle, a white square, …"""
-    return color is not None and list(COLORS).index(color) == (3 * SHAPES.index(shape) + 6) % 10
+    """One colour of each shape, another for each: a green square, a blue cross, …"""
+    return color is not None and list(COLORS).index(color) == SHAPES.index(shape) + 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,21 +180,25 @@ class Scene(NamedTuple):
     noise: float  # standard deviation of the background's grain, 0..255
 
 
-def draw_scene(meaning: Meaning, rng: np.random.Generator) -> Scene:
+def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) -> Scene:
     """Things that obey the meaning, without touching; what it leaves open is drawn at random."""
+    palette = list(COLORS)[: world.colors]
     total = sum(g.count for g in meaning.groups)
     looks = []  # (shape, color, radius) of each thing, group by group
     for group in meaning.groups:
         color = group.color
         while color is None or (group.color is None and held_out_pair(group.shape, color)):
-            color = str(rng.choice(list(COLORS)))
-        size = group.size or ("small" if total > 2 else str(rng.choice(list(SIZES))))
+            color = pick(rng, palette)
+        size = group.size or ("small" if total > 2 else pick(rng, SIZES))
         looks += [(group.shape, color, SIZES[size])] * group.count
     radii = np.array([radius for _, _, radius in looks])
     low, high = radii[:, None] + 0.03, 1 - radii[:, None] - 0.03
-    while True:  # many layouts at once: crowded ones fit rarely
-        layouts = rng.uniform(low, high, (256, total, 2))
-        good = apart(layouts, radii)
+    tries = min(4 ** (total + 1), 256)  # layouts at once: crowded ones fit rarely
+    while True:
+        layouts = rng.uniform(low, high, (tries, total, 2))
+        layouts = np.round(layouts * world.places) / world.places + 0.5 / world.size
+        inside = (low <= layouts) & (layouts <= high)
+        good = apart(layouts, radii) & inside.all((-1, -2))
         if meaning.relation is not None:
             good &= relation_holds(meaning, layouts, clear=1.2)
         if good.any():
@@ -172,9 +213,16 @@ def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
 
     Corners reach up to 1.28 radii; a pixel or more must lie between any two, for the reader.
     """
-    gaps = np.linalg.norm(places[..., :, None, :] - places[..., None, :, :], axis=-1)
-    first, second = np.triu_indices(len(radii), 1)
-    return (gaps[..., first, second] > 1.2 * (radii[first] + radii[second]) + 0.06).all(-1)
+    first, second = pairs(len(radii))
+    gaps = places[..., first, :] - places[..., second, :]
+    least = 1.2 * (radii[first] + radii[second]) + 0.06
+    return ((gaps * gaps).sum(-1) > least * least).all(-1)
+
+
+@lru_cache
+def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every two of n things, once."""
+    return np.triu_indices(n, 1)
 
 
 def relation_holds(meaning: Meaning, places: np.ndarray, clear: float = 1.0) -> np.ndarray:
@@ -235,37 +283,40 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 class Shapes:
-    """Map-style: shapes[i] → (picture (3, size, size) uint8, caption). Never a held-out caption."""
+    """Map-style: shapes[i] → (picture (3, size, size) uint8, caption).
 
-    def __init__(self, size: int = 24, seed: int = 0, length: int = 1_000_000):
-        if size < 20:
-            raise ValueError(
-                f"shapes of {size} pixels a side cannot be told apart; use at least 20"
-            )
-        self.size, self.seed, self.length = size, seed, length
+    held: captions held out of training, all of them; otherwise never one.
+    """
+
+    def __init__(
+        self, world: World = FULL, seed: int = 0, length: int = 1_000_000, held: bool = False
+    ):
+        self.world, self.seed, self.length, self.held = world.checked(), seed, length, held
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, str]:
-        rng = np.random.default_rng((self.seed, i))
-        meaning, caption = draw_caption(rng, (*TAGS, "combined"), held=False)
-        return render(draw_scene(meaning, rng), self.size, rng), caption
+        rng = np.random.default_rng((self.seed, i, self.held))
+        meaning, caption = draw_caption(rng, (*TAGS, "combined"), self.held, self.world)
+        return render(draw_scene(meaning, rng, self.world), self.world.size, rng), caption
 
 
-def draw_caption(rng: np.random.Generator, tags: tuple[str, ...], held: bool):
+def draw_caption(
+    rng: np.random.Generator, tags: tuple[str, ...], held: bool, world: World = FULL
+) -> tuple[Meaning, str]:
     """A meaning and its caption, of a random one of `tags`, (not) held out of training."""
     while True:
-        meaning = draw_meaning(rng, str(rng.choice(tags)))
+        meaning = draw_meaning(rng, pick(rng, tags), world)
         caption = write_caption(meaning, rng)
         if held_out(meaning, caption) == held:
             return meaning, caption
 
 
-def prompts(tag: str, n: int, seed: int = 0) -> list[tuple[Meaning, str]]:
+def prompts(tag: str, n: int, seed: int = 0, world: World = FULL) -> list[tuple[Meaning, str]]:
     """n held-out prompts of a tag, for scoring."""
     rng = np.random.default_rng((seed, TAGS.index(tag)))
-    return [draw_caption(rng, (tag,), held=True) for _ in range(n)]
+    return [draw_caption(rng, (tag,), held=True, world=world) for _ in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 
 import data_t2i
 from data_t2i import HashText, Pixels, RankPositions, Samples, loader
-from shapes import Shapes
+from shapes import Shapes, World
 
 
 class Numbered:
@@ -24,12 +24,12 @@ class Numbered:
         return np.full((3, 2, 2), i, np.uint8), f"number {i}"
 
 
-def samples(n=11, seed=0, **kwargs):
-    return Samples(Numbered(n), HashText(16, 4), seed=seed, **kwargs)
+def samples(n=11, seed=0, image=None, **kwargs):
+    return Samples(Numbered(n), HashText(16, 4), image, seed=seed, **kwargs)
 
 
 def numbers(batch):
-    return ((batch.data[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+    return batch.images[:, 0, 0, 0].tolist()
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -54,7 +54,8 @@ def test_hashed_words_are_apart():
     assert (v @ v.T - torch.eye(len(words))).abs().max() < 0.55
 
 
-def test_transformers_text_encoder_masks_padding(tmp_path):
+def tiny_t5(folder):
+    """A random two-layer T5 with six words, saved; its folder as a string."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "ring"])}
@@ -66,12 +67,17 @@ def test_transformers_text_encoder_masks_padding(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
     config = transformers.T5Config(
         vocab_size=6, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
     )
     torch.manual_seed(0)
-    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_transformers_text_encoder_masks_padding(tmp_path):
+    tiny_t5(tmp_path)
     text = data_t2i.text_encoder(str(tmp_path), tokens=7)
     x = text(["a red ring", ""])
     assert x.shape == (2, 7, 16) and text.dim == 16
@@ -85,14 +91,14 @@ def test_a_text_encoder_that_cannot_be_had_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="could not be loaded"):
-        data_t2i.text_encoder(str(tmp_path / "nothing"))
+        data_t2i.text_encoder(str(tmp_path / "nothing"), 8)
 
 
 def test_missing_libraries_name_the_pip_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
-        data_t2i.text_encoder("google/umt5-small")
+        data_t2i.text_encoder("google/umt5-small", 8)
     with pytest.raises(ValueError, match="pip install diffusers"):
         data_t2i.VAE("somewhere")
 
@@ -105,25 +111,49 @@ def test_pixels_round_trip():
     assert torch.equal(Pixels().decode(Pixels().encode(images)), images)
 
 
-def test_vae_latents_have_the_pipelines_scale(tmp_path):
+def tiny_vae(folder):
+    """A random AutoencoderKL that halves the side, saved; its folder as a string."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
         scaling_factor=0.13025,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    vae = data_t2i.VAE(str(tmp_path))
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def test_vae_latents_have_the_pipelines_scale(tmp_path):
+    vae = data_t2i.VAE(tiny_vae(tmp_path))
     assert (vae.factor, vae.channels, vae.scale) == (2, 4, 0.13025)
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    moments = vae.encode(images)
-    assert moments.shape == (2, 8, 4, 6)
-    noise = torch.randn(2, 4, 4, 6)
-    latents = vae.sample(moments, noise)
     posterior = vae.model.encode(images.float() / 127.5 - 1).latent_dist
-    expected = (posterior.mean + posterior.std * noise) * 0.13025
+    assert torch.allclose(vae.encode(images), posterior.mean * 0.13025, atol=1e-5)
+    grain = torch.randn(2, 4, 4, 6)
+    latents = vae.encode(images, grain)
+    expected = (posterior.mean + posterior.std * grain) * 0.13025
     assert torch.allclose(latents, expected, atol=1e-5)
     assert vae.decode(latents).shape == (2, 3, 8, 12)
+
+
+def test_the_loader_draws_noise_and_grain_of_the_latents_shape(tmp_path):
+    vae = data_t2i.VAE(tiny_vae(tmp_path))
+    batch = samples(image=vae).__getitems__([4, 9])
+    assert batch.images.shape == (2, 3, 2, 2) and batch.noise.shape == (2, 4, 1, 1)
+    assert batch.grain.shape == batch.noise.shape and not torch.equal(batch.grain, batch.noise)
+    assert samples().__getitems__([4]).grain is None
+
+
+def test_encode_hands_the_flow_what_it_takes():
+    batch = samples().__getitems__([3, 5, 8])
+    data, text, t, noise = data_t2i.encode(batch, Pixels(), HashText(16, 4), "cpu")
+    assert torch.equal(data, Pixels().encode(batch.images)) and data.dtype == torch.float32
+    later = batch._replace(text=["number 3", "number 5", ""])  # an encoder outside the workers
+    assert torch.equal(
+        data_t2i.encode(later, Pixels(), HashText(16, 4), "cpu")[1],
+        HashText(16, 4)(["number 3", "number 5", ""]),
+    )
+    assert torch.equal(t, batch.t) and torch.equal(noise, batch.noise) and text.shape == (3, 4, 16)
 
 
 # --- the loader ----------------------------------------------------------------------------------
@@ -133,7 +163,7 @@ def test_a_sample_depends_on_seed_and_position_alone():
     whole = samples().__getitems__(list(range(30)))
     for positions in ([7], [29, 3, 7], list(range(10, 20))):
         part = samples().__getitems__(positions)
-        for mine, all_of_it in zip(part, whole, strict=True):
+        for mine, all_of_it in zip(part[:4], whole[:4], strict=True):
             assert torch.equal(mine, all_of_it[positions])
     other = samples(seed=1).__getitems__(list(range(30)))
     assert not torch.equal(other.noise, whole.noise) and numbers(other) != numbers(whole)
@@ -179,12 +209,12 @@ def test_captions_are_dropped_at_the_rate():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_resumes_in_the_row(workers):
-    world = Samples(Shapes(24), HashText(16, 16), seed=0)
+    world = Samples(Shapes(World(24, places=24)), HashText(16, 16), seed=0)
     options = {"micro_batch": 3, "rank": 1, "world_size": 2, "workers": workers}
     whole = list(islice(loader(world, seen=0, pin_memory=False, **options), 5))
     resumed = list(
         islice(loader(world, seen=18, pin_memory=False, **options), 2)
     )  # after 3 steps of 2 x 3
     for a, b in zip(whole[3:], resumed, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert whole[0].data.shape == (3, 3, 24, 24) and whole[0].data.abs().max() <= 1
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    assert whole[0].images.shape == (3, 3, 24, 24) and whole[0].images.dtype == torch.uint8

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 import shapes
-from shapes import COLORS, SHAPES, SIZES, TAGS, Group, Meaning, Shapes, Thing, detect, obeys
+from shapes import (
+    COLORS,
+    SHAPES,
+    SIZES,
+    TAGS,
+    Group,
+    Meaning,
+    Shapes,
+    Thing,
+    World,
+    detect,
+    obeys,
+)
 
 N = 600  # pictures a tag
 
@@ -18,12 +30,15 @@ class Drawn:
     picture: np.ndarray
 
 
-def draw(tag, n, size=24, seed=0):
+TINY = World(20, 4, 6, 10)  # the tiny recipe's
+
+
+def draw(tag, n, world=TINY, seed=0):
     for i in range(n):
         rng = np.random.default_rng((seed, i, TAGS.index(tag) if tag in TAGS else 99))
-        meaning, _ = shapes.draw_caption(rng, (tag,), held=bool(i % 2))
-        scene = shapes.draw_scene(meaning, rng)
-        yield Drawn(meaning, scene, shapes.render(scene, size, rng))
+        meaning, _ = shapes.draw_caption(rng, (tag,), held=bool(i % 2), world=world)
+        scene = shapes.draw_scene(meaning, rng, world)
+        yield Drawn(meaning, scene, shapes.render(scene, world.size, rng))
 
 
 def other(value, values, rng):
@@ -60,10 +75,10 @@ def test_the_reader_accepts_true_pictures_and_rejects_false_ones(tag):
     assert rejected >= 0.95 * N, (tag, rejected / N)
 
 
-@pytest.mark.parametrize("size", [32, 64, 256])
-def test_larger_worlds_are_read_too(size):
+@pytest.mark.parametrize("size", [24, 32, 64, 256])
+def test_larger_and_richer_worlds_are_read_too(size):
     n = 40 if size < 256 else 6
-    drawn = [d for tag in (*TAGS, "combined") for d in draw(tag, n, size)]
+    drawn = [d for tag in (*TAGS, "combined") for d in draw(tag, n, World(size, places=size))]
     right = sum(obeys(d.meaning, detect(d.picture)) for d in drawn)
     assert right >= 0.97 * len(drawn)
 
@@ -186,6 +201,8 @@ def test_anti_aliased_masks_have_the_right_area():
 
 def test_bad_arguments_say_the_rule():
     with pytest.raises(ValueError, match="at least 20"):
-        Shapes(size=8)
+        Shapes(World(8))
+    with pytest.raises(ValueError, match="10 to 24 places"):
+        Shapes(World(24, places=32))
     with pytest.raises(ValueError, match="single_object"):
         shapes.draw_meaning(np.random.default_rng(0), "texture")

@@ -1,0 +1,246 @@
+"""CHAPTER 2: prompts → images, and their score.
+
+    python sample_t2i.py runs/shapes "two red circles above a blue square"
+    python sample_t2i.py runs/shapes --prompts prompts.txt --gif
+    python sample_t2i.py runs/shapes --score shapes --steps 20
+
+RUN is the folder of a run (its newest checkpoint is taken), of one checkpoint, or of exported
+weights. The score asks for the six GenEval tags (2310.11513) with prompts that training never saw,
+and an exact reader (shapes.py) says which pictures obey.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rf
+import shapes
+from data_mnist import mix_seed
+from data_t2i import image_encoder, text_encoder
+from mmdit import MMDiT, load_model
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+# ------------------------------------------------------------------------------------------------
+
+
+def fixed_noise(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """(n, *shape) fp32 on the CPU; image i's noise depends on (seed, i) alone."""
+    generator = torch.Generator()
+    return torch.stack(
+        [
+            torch.randn(shape, generator=generator.manual_seed(mix_seed(seed, "picture", i)))
+            for i in range(n)
+        ]
+    )
+
+
+def draw(
+    model: rf.Model, captions: list[str], noise: Tensor, *, text, image, device="cpu", batch=128,
+    progress=False, **options,
+) -> Tensor:  # fmt: skip
+    """captions, noise (B, C, h, w) → pictures (B, 3, H, W) uint8 on the CPU.
+
+    text, image: encoders of data_t2i. options go to rf.sample (cfg, steps, solver, shift); with
+    return_trajectory=True (steps + 1, B, 3, H, W), the noise first. batch: images at a time.
+    """
+    null = text([""]).to(device)
+    pictures = []
+    for part in tqdm(torch.arange(len(captions)).split(batch), unit="batch", disable=not progress):
+        features = text([captions[i] for i in part]).to(device)
+        x = rf.sample(model, noise[part].to(device), features, null_text=null, **options)
+        if options.get("return_trajectory"):
+            pictures.append(torch.stack([image.decode(frame).cpu() for frame in x]))
+        else:
+            pictures.append(image.decode(x).cpu())
+    return torch.cat(pictures, dim=1 if options.get("return_trajectory") else 0)
+
+
+def picture_grid(pictures: Tensor, columns: int, side: int = 96):
+    """(B, 3, H, W) uint8 → a PIL image, row by row; small pictures are enlarged to about `side`."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    array = make_grid(pictures, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    factor = max(1, round(side / pictures.shape[-1]))
+    grid = Image.fromarray(array)
+    return grid.resize((grid.width * factor, grid.height * factor), Image.NEAREST)
+
+
+def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: int = 6):
+    """The pictures with their prompts above them, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, len(captions))
+    rows = -(-len(captions) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, 2.05 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
+        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(caption, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# Score
+# ------------------------------------------------------------------------------------------------
+
+
+def shapes_prompts(world: shapes.World, n: int) -> list[tuple[shapes.Meaning, str]]:
+    """n held-out prompts of each of the six tags, tag after tag."""
+    return [prompt for tag in shapes.TAGS for prompt in shapes.prompts(tag, n, world=world)]
+
+
+def obeyed(pictures: Tensor, prompts: list[tuple[shapes.Meaning, str]]) -> list[bool]:
+    """Whether each picture (3, H, W) uint8 obeys its prompt, by the exact reader."""
+    return [
+        shapes.obeys(meaning, shapes.detect(picture.numpy()))
+        for picture, (meaning, _) in zip(pictures, prompts, strict=True)
+    ]
+
+
+def scores(prompts: list[tuple[shapes.Meaning, str]], obeys: list[bool]) -> dict[str, float]:
+    """The share of obedient pictures of each tag, and the mean of the six."""
+    by_tag = {
+        tag: [o for (meaning, _), o in zip(prompts, obeys, strict=True) if meaning.tag == tag]
+        for tag in shapes.TAGS
+    }
+    result = {tag: sum(values) / len(values) for tag, values in by_tag.items()}
+    return result | {"mean": sum(result.values()) / len(result)}
+
+
+# ------------------------------------------------------------------------------------------------
+# A run's weights
+# ------------------------------------------------------------------------------------------------
+
+
+def find_weights(path: Path, ema: str | None = None) -> Path:
+    """The folder of weights that RUN means: itself, or the newest checkpoint's narrowest average.
+
+    Raises FileNotFoundError if there is none.
+    """
+    if (path / "model.safetensors").is_file():
+        return path
+    checkpoints = sorted((path / "checkpoints").glob("[0-9]" * 12))
+    folder = checkpoints[-1] if checkpoints else path
+    averages = sorted(p for p in folder.glob("ema_*") if (p / "model.safetensors").is_file())
+    wanted = [p for p in averages if ema in (None, p.name.removeprefix("ema_"))]
+    if not wanted:
+        have = f"it holds {', '.join(p.name for p in averages)}" if averages else "train one first"
+        raise FileNotFoundError(f"{path} holds no weights{f' ema_{ema}' if ema else ''}: {have}")
+    return wanted[0]
+
+
+def load_run(path: Path, device, ema: str | None = None) -> tuple[MMDiT, dict]:
+    """The model of a run, and the settings it was trained with."""
+    folder = find_weights(path, ema)
+    model = load_model(folder, device)
+    config = json.loads((folder / "config.json").read_text())
+    if "run" not in config or "text_encoder" not in config["run"]:
+        raise ValueError(f"{folder} was not written by train_t2i.py: its config.json has no run")
+    return model, config["run"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint, or exported weights")
+    add("prompt", nargs="*", help="one or more prompts, in quotes")
+    add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
+    add("--score", choices=["shapes"], help="score held-out prompts instead of drawing given ones")
+    add("--per-tag", type=int, default=100, help="scored prompts of each tag (default: 100)")
+    add("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
+    add("--cfg", type=float, help="guidance: 1 none, above 1 closer to the prompt (default: run's)")
+    add("--steps", type=int, default=20, help="solver steps from noise to image (default: 20)")
+    add("--solver", default="euler", help=f"one of {', '.join(rf.SOLVERS)} (default: euler)")
+    add("--shift", type=float, help="of the sampler's time grid (default: the run's)")
+    add("--ema", help="which average, say 0.05 or 0.10 (default: the narrowest)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--batch", type=int, default=128, help="images at a time (default: 128)")
+    add("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
+    add("--out", type=Path, default=Path("out.png"), help="the picture (default: out.png)")
+    add("--gif", action="store_true", help="also the way from noise to image, beside --out")
+    return parser
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    captions = list(args.prompt)
+    if args.prompts is not None:
+        if not args.prompts.is_file():
+            raise FileNotFoundError(
+                f"--prompts {args.prompts} is not there: give a text file, a prompt on each line"
+            )
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        captions += [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError("no prompt given: write one in quotes, or give --prompts FILE")
+    return captions
+
+
+def launch(args: argparse.Namespace):
+    from train_mnist import choose_device, save_gif
+
+    for key in ("steps", "images", "per_tag", "batch"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    if args.solver not in rf.SOLVERS:
+        raise ValueError(f"--solver {args.solver!r} must be one of {', '.join(rf.SOLVERS)}")
+    captions = None if args.score else read_prompts(args)
+    device = choose_device(args.device)
+    model, run = load_run(args.run, device, args.ema)
+    text = text_encoder(run["text_encoder"], tokens=run["text_tokens"], device=device)
+    image = image_encoder(run["vae"], device)
+    side = run["size"] // image.factor
+    options = {
+        "text": text, "image": image, "device": device, "batch": args.batch, "progress": True,
+        "cfg": run["cfg"] if args.cfg is None else args.cfg, "steps": args.steps,
+        "solver": args.solver, "shift": run["shift"] if args.shift is None else args.shift,
+    }  # fmt: skip
+    if args.score:
+        world = shapes.World(run["size"], run["shapes"], run["colors"], run["places"])
+        prompts = shapes_prompts(world, args.per_tag)
+        noise = fixed_noise(len(prompts), (image.channels, side, side), args.seed)
+        pictures = draw(model, [caption for _, caption in prompts], noise, **options)
+        for tag, score in scores(prompts, obeyed(pictures, prompts)).items():
+            print(f"{tag:14} {score:.3f}")
+        shown = [t * args.per_tag + i for i in range(min(4, args.per_tag)) for t in range(6)]
+        captioned_grid(pictures[shown], [prompts[i][1] for i in shown], args.out)
+    else:
+        each = [caption for caption in captions for _ in range(args.images)]
+        noise = fixed_noise(len(each), (image.channels, side, side), args.seed)
+        if args.gif:
+            frames = draw(model, each, noise, return_trajectory=True, **options)
+            save_gif(frames.float() / 127.5 - 1, args.images, args.out.with_suffix(".gif"))
+            pictures = frames[-1]
+        else:
+            pictures = draw(model, each, noise, **options)
+        captioned_grid(pictures, each, args.out, columns=args.images)
+    print(f"wrote {args.out}")
+
+
+def main(argv: list[str] | None = None):
+    args = build_parser().parse_args(argv)
+    try:
+        launch(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample_t2i.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
