@@ -104,10 +104,10 @@ PRESETS = {
     # chapter 2: the same network, from a laptop to AuraFlow
     "tiny": MMDiTConfig(
         in_channels=3, patch_size=4, dim=96, head_dim=32, n_layers=5, n_double_layers=1,
-        text_dim=64, max_grid=5, n_registers=0, mlp_multiple_of=32,
+        text_dim=128, max_grid=5, n_registers=0, mlp_multiple_of=32,
     ),
     "small": MMDiTConfig(
-        in_channels=3, dim=512, head_dim=64, n_layers=8, n_double_layers=2, text_dim=64,
+        in_channels=3, dim=512, head_dim=64, n_layers=8, n_double_layers=2, text_dim=128,
         max_grid=16, n_registers=4, mlp_multiple_of=64,
     ),
     "0.2b": MMDiTConfig(dim=768, n_layers=16, n_double_layers=2),

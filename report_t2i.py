@@ -1,4 +1,4 @@
-"""CHAPTER 2's REPORT: what a run says while it goes, without making a step wait for the device.
+"""CHAPTER 2's REPORT: what a run says while it goes, without a host read of its own in a step.
 
     log.csv    a row every LOG_EVERY steps: loss, gradient norm, learning rate, skipped steps
     eval.csv   a row an evaluation: validation loss at eight times and their mean, the six scores
@@ -9,6 +9,7 @@ Shapes: R ranks, S steps of an interval (LOG_EVERY).
 """
 
 import csv
+import re
 import textwrap
 from pathlib import Path
 
@@ -27,15 +28,18 @@ TIMES = [f"loss_t{i}/8" for i in range(8)]
 EVAL_COLUMNS = ("samples", "loss", *TIMES, *shapes.TAGS, "mean")
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "A10": 125, "4090": 165, "3090": 71,
+PEAK_TFLOPS = {  # a word of the device's name; the first that fits
+    "B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312,
+    "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71,
 }  # fmt: skip
 
 
 class Log:
     """Losses and norms stay on the device for LOG_EVERY steps, travel to the host while training
-    goes on, and are read one interval later. Rank 0 keeps the rows; every rank takes part."""
+    goes on, and are read one interval later. Rank 0 keeps the rows; every rank takes part.
+
+    (DeepSpeed 0.19.8 itself reads the gradient's norm in each step, to clip and to skip.)
+    """
 
     def __init__(self, out: Path, engine):
         self.path, self.engine, self.rows = out / "log.csv", engine, []
@@ -139,7 +143,7 @@ def device_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def show(bar: tqdm, log: Log, flops_per_image: float, peak: float | None):

@@ -19,7 +19,6 @@ batch size.
 import argparse
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -30,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -101,10 +99,11 @@ def train(run: "Run"):
         run.seen += args.batch_size
         for ema in run.emas.values():
             ema.update(run.step)
-        run.end_step(loss)
-        if run.passed("eval_every_samples"):
+        run.end_step()
+        asked = run.asked_to_save()  # sets run.stopped where somebody asked to stop
+        if run.passed("eval_every_samples") and not run.stopped:
             run.evaluate()
-        if run.passed("save_every_samples") or run.asked_to_save():
+        if run.passed("save_every_samples") or asked:
             run.save()
     if not run.stopped:  # a signal leaves no time for more than a checkpoint
         run.evaluate()
@@ -161,7 +160,7 @@ class Run:
         self.shards = zero.Shards(self.engine, host_group)
         self.emas = {f"{width:.2f}": rf.PowerEMA(self.shards.mine, width) for width in EMA_WIDTHS}
         self.log = report.Log(args.out, self.engine)
-        self.wishes = Wishes(args, host_group)
+        self.wishes = zero.Wishes(args.save_minutes, host_group)
         self.peak = report.device_peak(device)
         self.bar = tqdm(
             total=args.samples, unit="image", unit_scale=True, desc="training", smoothing=0.05,
@@ -183,12 +182,13 @@ class Run:
             workers=self.args.workers, pin_memory=self.engine.device.type == "cuda",
         )  # fmt: skip
 
-    def end_step(self, loss: Tensor):
+    def end_step(self):
         """Count, log, show. Raises FloatingPointError after too many steps that were skipped."""
         args = self.args
         skipped = self.engine.optimizer.overflow  # DeepSpeed found the gradient not finite
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
         lr = args.lr * learning_rate(args, self.schedule.last_epoch - (not skipped))
+        loss = self.log.losses[self.log.step % report.LOG_EVERY].clone()
         self.log.end_step(self.seen, lr)
         if self.bad_in_row >= args.max_bad_steps:
             finite = self._of_all_ranks(bool(loss.isfinite()))
@@ -210,9 +210,9 @@ class Run:
         return self.seen // every > (self.seen - self.args.batch_size) // every
 
     def asked_to_save(self) -> bool:
-        wish = self.wishes.exchange()
-        self.stopped |= wish == Wishes.STOP
-        return wish == Wishes.SAVE
+        wish = self.wishes.exchange(clock=self.rank == 0)
+        self.stopped |= wish == zero.Wishes.STOP
+        return wish == zero.Wishes.SAVE
 
     def _of_all_ranks(self, value) -> list:
         values = [None] * self.world_size
@@ -242,6 +242,7 @@ class Run:
             values = zip(report.EVAL_COLUMNS[1:], row[1:], strict=True)
             report.write_to_monitor(self.engine, {f"Eval/{k}": v for k, v in values}, self.seen)
             self.bar.write(f"{self.seen} samples: validation loss {loss:.4f}, score {row[-1]:.3f}")
+        self.bar.unpause()  # the pause is not the training's
         target = self.args.target_eval_loss
         if target is not None and loss <= target:
             self.stopped = True
@@ -253,12 +254,14 @@ class Run:
     def validation_loss(self, model: rf.Model) -> list[float]:
         """Velocity MSE of VALIDATION_SAMPLES held-out samples at t = 0, 1/8, …, 7/8 (rf.py)."""
         mine = list(range(self.rank, VALIDATION_SAMPLES, self.world_size))
-        batch = self.samples(held_out=True).__getitems__(mine)
-        data, text, _, noise = encode(batch, self.image, self.text, self.engine.device)
-        index = torch.tensor(mine, device=data.device) % 8
-        means, _ = rf.validation_loss(model, data, text, index, noise, batch_size=EVAL_BATCH)
-        counts = torch.bincount(index, minlength=8)
-        table = torch.stack([means.nan_to_num() * counts, counts]).cpu()  # (2, 8)
+        table, samples = torch.zeros(2, 8), self.samples(held_out=True)  # sums, counts
+        for part in (mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)):
+            batch = samples.__getitems__(part)
+            data, text, _, noise = encode(batch, self.image, self.text, self.engine.device)
+            index = torch.tensor(part, device=data.device) % 8
+            means, _ = rf.validation_loss(model, data, text, index, noise)
+            counts = torch.bincount(index, minlength=8)
+            table += torch.stack([means.nan_to_num() * counts, counts]).cpu()
         dist.all_reduce(table, group=self.host_group)
         return (table[0] / table[1]).tolist()
 
@@ -267,18 +270,20 @@ class Run:
         args, prompts = self.args, shapes_prompts(self.world, self.args.eval_prompts)
         noise = fixed_noise(len(prompts), self.latent, args.seed)
         mine = list(range(self.rank, len(prompts), self.world_size))
-        pictures = draw(
-            model, [prompts[i][1] for i in mine], noise[mine], text=self.text, image=self.image,
-            device=self.engine.device, batch=EVAL_BATCH, cfg=args.cfg, steps=SAMPLER_STEPS,
-            shift=args.shift,
-        )  # fmt: skip
+        pictures = []
+        if mine:
+            pictures = draw(
+                model, [prompts[i][1] for i in mine], noise[mine], text=self.text,
+                image=self.image, device=self.engine.device, batch=EVAL_BATCH, cfg=args.cfg,
+                steps=SAMPLER_STEPS, shift=args.shift,
+            )  # fmt: skip
         obeys = obeyed(pictures, [prompts[i] for i in mine])
         rows = min(4, args.eval_prompts)
         shown = [t * args.eval_prompts + i for i in range(rows) for t in range(len(shapes.TAGS))]
         found = {}
         for part in self._of_all_ranks(
             {
-                i: (o, p if i in shown else None)
+                i: (o, p.clone() if i in shown else None)
                 for i, o, p in zip(mine, obeys, pictures, strict=True)
             }
         ):
@@ -309,6 +314,7 @@ class Run:
             self.engine, self.shards, self.out / "checkpoints", record, averages, self.args.keep
         )
         self.wishes.saved()
+        self.bar.unpause()
 
     def load(self, path: Path, record: dict):
         zero.load(self.engine, path, universal=record["world_size"] != self.world_size)
@@ -323,52 +329,18 @@ class Run:
         if self.eval_rows and self.eval_rows[-1][0] == self.seen:
             self.evaluated_at = self.seen
         self.log.load_state(record["log"])
-        self.bar.update(self.seen)
-        self.bar.unpause()
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.seen  # not this run's doing
+        self.bar.start_t = self.bar.last_print_t = time.time()
 
     def open(self):
         """Begin the files of the run, or cut them to what the checkpoint knew."""
-        self.log.open()
         if self.rank == 0:
+            if self.args.overwrite:
+                for name in ("checkpoints", "strips"):
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+            self.out.mkdir(parents=True, exist_ok=True)
             report.write_rows(self.out / "eval.csv", report.EVAL_COLUMNS, self.eval_rows)
-
-
-class Wishes:
-    """What any rank wishes becomes known to all of them one step later: each step's flags travel
-    over gloo, in host memory, while the next step is computed, so nobody waits for a device.
-
-    SIGTERM and Ctrl-C save and stop, SIGUSR1 saves and goes on, so does --save-minutes. A second
-    Ctrl-C interrupts at once.
-    """
-
-    NOTHING, SAVE, STOP = 0, 1, 2
-
-    def __init__(self, args: argparse.Namespace, host_group):
-        self.minutes, self.group = args.save_minutes, host_group
-        self.wish, self.last_save, self.in_flight = self.NOTHING, time.monotonic(), None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._heard)
-
-    def _heard(self, number, frame):
-        self.wish = max(self.wish, self.SAVE if number == signal.SIGUSR1 else self.STOP)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def exchange(self) -> int:
-        """Send this rank's wish on its way; the greatest wish of the step before, of all ranks."""
-        minutes = (time.monotonic() - self.last_save) / 60
-        late = self.minutes is not None and minutes >= self.minutes
-        flag = torch.tensor(max(self.wish, self.SAVE if late else self.NOTHING))
-        self.wish = self.NOTHING
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        before, self.in_flight = self.in_flight, (work, flag)
-        if before is None:
-            return self.NOTHING
-        before[0].wait()
-        return int(before[1])
-
-    def saved(self):
-        self.last_save = time.monotonic()
+        self.log.open()
 
 
 def model_config(args: argparse.Namespace, text, image) -> MMDiTConfig:
@@ -393,9 +365,9 @@ def model_config(args: argparse.Namespace, text, image) -> MMDiTConfig:
 SETTINGS = (  # what a resumed run must share with the first
     "preset", "residual", "size", "shapes", "colors", "places", "text_encoder", "text_tokens",
     "vae", "seed", "batch_size", "samples", "lr", "weight_decay", "warmup_samples",
-    "cooldown_samples", "shift",
+    "cooldown_samples", "shift", "precision",
 )  # fmt: skip
-REMEMBERED = (*SETTINGS, "cfg", "eval_prompts", "eval_every_samples")
+REMEMBERED = (*SETTINGS, "cfg", "eval_prompts", "eval_every_samples", "micro_batch")
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -480,7 +452,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if args.resume is not None and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if args.resume is not None:
-        return Path(args.resume)
+        path = Path(args.resume)
+        if path.parent.resolve() != (args.out / "checkpoints").resolve():
+            raise ValueError(
+                f"--resume {path} does not lie in {args.out / 'checkpoints'}: give its run as --out"
+            )
+        if present and path.name != present[-1].name:
+            raise ValueError(
+                f"--resume {path} is not the last checkpoint: move {present[-1]} away to go back"
+            )
+        return path
     if present and not args.overwrite:
         raise ValueError(
             f"--out {args.out} already holds a run: continue it with --resume auto, replace it with"
@@ -489,15 +470,19 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def resolve(args: argparse.Namespace, record: dict | None) -> argparse.Namespace:
-    """Fill in what was not given, and reject what cannot work before anything is built."""
+def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32"):
+    """Fill in what was not given, and reject what cannot work before anything is built.
+
+    native: what --precision auto means here.
+    """
     saved = record["settings"] if record else {}
     preset = args.preset or saved.get("preset", "tiny")
     if preset not in RECIPES:
         raise ValueError(f"--preset {preset!r} must be one of {', '.join(RECIPES)}")
-    for key, default in {**COMMON, "residual": None, **RECIPES[preset], "preset": preset}.items():
+    fixed = {"residual": None, "preset": preset, "precision": native}
+    for key, default in {**COMMON, **RECIPES[preset], **fixed}.items():
         given = getattr(args, key)
-        if given is None:
+        if given in (None, "auto"):
             setattr(args, key, saved.get(key, default))
         elif key in SETTINGS and key in saved and given != saved[key]:
             raise ValueError(
@@ -505,11 +490,12 @@ def resolve(args: argparse.Namespace, record: dict | None) -> argparse.Namespace
                 f" {saved[key]}: drop it, or start another run with --out"
             )
     for key in ("samples", "batch_size", "size", "text_tokens", "eval_every_samples",
-                "save_every_samples", "keep", "max_bad_steps", "eval_prompts"):  # fmt: skip
-        if getattr(args, key) < 1:
+                "save_every_samples", "keep", "max_bad_steps", "eval_prompts", "most_at_once",
+                "micro_batch", "threads"):  # fmt: skip
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     for key, names in {
-        "compile": ("auto", "on", "off"), "precision": ("auto", "bf16", "fp32"),
+        "compile": ("auto", "on", "off"), "precision": ("bf16", "fp32"),
         "residual": (None, *RESIDUALS),
     }.items():  # fmt: skip
         if getattr(args, key) not in names:
@@ -517,39 +503,35 @@ def resolve(args: argparse.Namespace, record: dict | None) -> argparse.Namespace
             raise ValueError(f"--{key} {getattr(args, key)!r} must be one of {names}")
     rf.shift_time(0.5, args.shift)
     world_of(args)
-    return args
 
 
-def launch(args: argparse.Namespace):
-    """Resolve, build, resume, train."""
+def prepare(args: argparse.Namespace) -> Run:
+    """Join the ranks, resolve the options, build, resume. ValueError for what cannot work."""
     if find_spec("deepspeed") is None:
         raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
     host_group = zero.start_processes(args.threads)
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), zero.local_device()
+    world_size, device = dist.get_world_size(), zero.local_device()
     path = find_checkpoint(args)
     record = zero.read_record(path) if path else None
-    resolve(args, record)
-    if args.precision == "auto":
-        args.precision = "bf16" if zero.native_bf16(device) else "fp32"
+    resolve(args, record, native="bf16" if zero.native_bf16(device) else "fp32")
     cuda = device.type == "cuda" and find_spec("triton") is not None
     args.compile = cuda if args.compile == "auto" else args.compile == "on"
     args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
     universal = record is not None and record["world_size"] != world_size
     ds_config = zero.read_ds_config(args, world_size, universal)
-    if rank == 0:
-        if args.overwrite:
-            for name in ("checkpoints", "strips"):
-                shutil.rmtree(args.out / name, ignore_errors=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=host_group)
     if universal:
         zero.to_universal(path, host_group)
     run = Run(args, ds_config, host_group)
     if record:
         run.load(path, record)
     run.open()
+    return run
+
+
+def launch(args: argparse.Namespace):
+    run = prepare(args)
     train(run)
-    if rank == 0:
+    if run.rank == 0:
         run.bar.close()
         state = "stopped" if run.seen < args.samples else "finished"
         again = "; add --resume auto to continue" if run.seen < args.samples else ""
@@ -558,15 +540,14 @@ def launch(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None):
     args = build_parser().parse_args(argv)
+    rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
     try:
         launch(args)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        # What is wrong with the arguments is wrong on every rank: one of them says so.
-        expected = not isinstance(error, RuntimeError) or "DeepSpeed" in str(error)
-        if not expected:
-            raise
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(f"train_t2i.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # What is wrong with the arguments is wrong on every rank: one of each machine says so.
+        if local_rank == "0" or isinstance(error, OSError):
+            where = f" (rank {rank})" if rank != "0" else ""
+            print(f"train_t2i.py: {error}{where}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("train_t2i.py: interrupted; the last checkpoint is whole")

@@ -21,11 +21,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -50,6 +53,8 @@ def start_processes(threads: int | None = None):
     stays in host memory.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise ValueError("several Slurm tasks without RANK: see the README's srun line")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -65,7 +70,7 @@ def start_processes(threads: int | None = None):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     deepspeed.init_distributed(verbose=False)
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # a large re-cut takes long
 
 
 def local_device() -> torch.device:
@@ -87,6 +92,9 @@ def read_ds_config(args: Namespace, world_size: int, universal: bool) -> dict:
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
         raise ValueError(f'{args.ds_config}: "stage" {stage} must be 2 (or 1), see zero.py')
+    for key, holder in {"offload_optimizer": config["zero_optimization"], "fp16": config}.items():
+        if key in holder:
+            raise ValueError(f'{args.ds_config}: "{key}" is not supported here: take it out')
     micro = args.micro_batch
     if micro is None:  # the largest pass that divides a rank's share
         share = max(1, args.batch_size // world_size)
@@ -123,8 +131,59 @@ def read_ds_config(args: Namespace, world_size: int, universal: bool) -> dict:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the fast precision: on accelerators, and CPUs with AMX tiles."""
-    return device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class Wishes:
+    """What any rank wishes becomes known to all of them one step later: each step's flags travel
+    over gloo, in host memory, while the next step is computed, so nobody waits for a device.
+
+    SIGTERM and Ctrl-C save and stop, SIGUSR1 saves and goes on, so does --save-minutes. A second
+    Ctrl-C interrupts at once.
+    """
+
+    NOTHING, SAVE, STOP = 0, 1, 2
+
+    def __init__(self, minutes: float | None, host_group):
+        self.minutes, self.group, self.wish = minutes, host_group, self.NOTHING
+        self.last_save, self.in_flight = time.monotonic(), None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._heard)
+
+    def _heard(self, number, frame):
+        self.wish = max(self.wish, self.SAVE if number == signal.SIGUSR1 else self.STOP)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def exchange(self, clock: bool) -> int:
+        """Send this rank's wish on its way; the greatest wish of the step before, of all ranks.
+
+        clock: whether this rank looks after --save-minutes.
+        """
+        wish, self.wish = self.wish, self.NOTHING
+        now = time.monotonic()
+        if clock and self.minutes is not None and now - self.last_save >= 60 * self.minutes:
+            self.last_save = now  # asked once, not again until it is done
+            wish = max(wish, self.SAVE)
+        flag = torch.tensor(wish)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        before, self.in_flight = self.in_flight, (work, flag)
+        if before is None:
+            return self.NOTHING
+        before[0].wait()
+        return int(before[1])
+
+    def saved(self):
+        """A checkpoint has just been written: what was asked for before it is done."""
+        self.last_save = time.monotonic()
+        if self.in_flight is not None:  # the greatest of all ranks: they decide alike
+            work, flag = self.in_flight
+            work.wait()
+            if int(flag) == self.SAVE:
+                self.in_flight = None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,7 +208,7 @@ class Shards:
         optimizer = engine.optimizer
         missing = [name for name in self.NEEDED if not hasattr(optimizer, name)]
         if missing:
-            raise RuntimeError(
+            raise ValueError(
                 f"DeepSpeed {deepspeed.__version__} has no {missing[0]}, which the EMA averages:"
                 ' set "stage": 2 in ds_config.json, and take a release near 0.19.8'
             )
@@ -238,7 +297,8 @@ def save(engine, shards: Shards, folder: Path, record: dict, averages: dict, kee
             (folder / "latest.partial").write_text(target.name)
             os.replace(folder / "latest.partial", folder / "latest")  # for DeepSpeed's own tools
             for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+                os.replace(old, folder / PARTIAL)  # a half-deleted folder must not keep the name
+                shutil.rmtree(folder / PARTIAL)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer: RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         left = checkpoints(folder)
@@ -265,6 +325,7 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads((path / RUN_FILE).read_text())
         wanted = record["world_size"]
+        _ = record["settings"], record["log"], record["evals"], record["samples"], record["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no checkpoint of train_t2i.py (no readable {RUN_FILE}): give another"
@@ -273,8 +334,13 @@ def read_record(path: Path) -> dict:
     shards = len(list(path.glob("*zero_pp_rank_*_optim_states.pt")))
     if shards != wanted:
         raise ValueError(
-            f"{path} is partial: it holds {shards} of {wanted} optimizer shards; --resume an"
-            " earlier checkpoint beside it"
+            f"{path} is partial: it holds {shards} of {wanted} optimizer shards; delete it, and"
+            " --resume auto takes the one before"
+        )
+    if not list(path.glob("mp_rank_*")) or not list(path.glob("ema_*/model.safetensors")):
+        raise ValueError(
+            f"{path} is partial: its weights (mp_rank_*, ema_*) are missing; delete it, and"
+            " --resume auto takes the one before"
         )
     return record
 
@@ -306,6 +372,8 @@ def load(engine, path: Path, universal: bool):
     loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
     if loaded is None:
         raise ValueError(f"{path} could not be loaded by DeepSpeed: --resume an earlier one")
+    for parameter, state in engine.optimizer.optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device)  # universal loads it onto the CPU
     if universal:
         dist.barrier()
         if dist.get_rank() == 0:

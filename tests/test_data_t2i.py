@@ -42,9 +42,23 @@ def test_hash_text_is_frozen_ordered_and_padded():
     assert x.shape == (4, 6, 64) and torch.equal(x, b(captions))
     assert torch.equal(x[0], a(["A red, ring"])[0])  # case and commas do not matter
     assert not x[2].any() and not x[0, 3:].any() and x[3].any(1).all()
-    words = x[0, :3] - a.positions[:3]
-    assert torch.allclose(words, (x[1, :3] - a.positions[:3]).flip(0), atol=1e-5)  # order only
     assert not torch.allclose(x[0, :3], x[1, :3].flip(0))
+
+
+def test_hashed_words_hear_their_neighbours():
+    """The formula of the docstring, word by word."""
+    text = HashText(32, 5)
+    words = ["a", "blue", "square", "below"]
+    features = text([" ".join(words)])[0]
+    for i in range(4):
+        expected = text.vector(words[i]) + text.positions[i]
+        for d in (1, 2, 3):
+            if i - d >= 0:
+                expected = expected + 0.5**d * text.vector(words[i - d]).roll(7 * d)
+            if i + d < 4:
+                expected = expected + 0.5**d * text.vector(words[i + d]).roll(-7 * d)
+        assert torch.allclose(features[i], expected, atol=1e-6)
+    assert not features[4].any()
 
 
 def test_hashed_words_are_apart():

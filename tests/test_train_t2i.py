@@ -16,7 +16,7 @@ import sample_t2i
 import shapes
 import train_t2i
 import zero
-from data_t2i import HashText, Pixels
+from data_t2i import HashText, Pixels, Samples, encode
 from mmdit import load_model
 
 OPTIONS = [
@@ -76,7 +76,7 @@ def test_a_run_leaves_pictures_logs_and_weights(done):
     assert newest.name == f"{80:012d}"
     for width in ("0.05", "0.10"):
         model = load_model(newest / f"ema_{width}")  # strict, without DeepSpeed
-        assert model.config.patch_size == 4 and model.config.text_dim == 64
+        assert model.config.patch_size == 4 and model.config.text_dim == 128
     run = json.loads((newest / "ema_0.05" / "config.json").read_text())["run"]
     assert (run["size"], run["shapes"], run["samples_seen"]) == (20, 4, 80)
 
@@ -87,13 +87,27 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert (out / "checkpoints" / "latest").read_text() == f"{80:012d}"
 
 
+def test_the_clock_saves_once_each_time(tmp_path, monkeypatch):
+    saved, original = [], train_t2i.Run.save
+
+    def save(self):
+        saved.append(self.step)
+        original(self)
+
+    monkeypatch.setattr(train_t2i.Run, "save", save)
+    clock = iter([0.0, *range(0, 61, 6), *range(61, 1000)])  # seconds; a minute after ten steps
+    monkeypatch.setattr(zero.time, "monotonic", lambda: float(next(clock)))
+    train(tmp_path / "run", "--samples", 240, "--save-every-samples", 10_000, "--save-minutes", 1)
+    assert saved == [12, 30]  # heard one step after it was asked; then the end
+
+
 def test_the_exported_average_is_the_closed_form(tmp_path, monkeypatch):
     """θ̂ = Σ_t w_t θ_t with w_t = (1 − β_t) Π_{s>t} β_s, over the recorded fp32 weights."""
     history, original = [], train_t2i.Run.end_step
 
-    def record(self, loss):
+    def record(self):
         history.append(self.shards.whole_on_rank_0(self.shards.mine))
-        original(self, loss)
+        original(self)
 
     monkeypatch.setattr(train_t2i.Run, "end_step", record)
     out = train(tmp_path / "run")
@@ -180,6 +194,32 @@ def test_a_latent_world_with_a_real_text_encoder(tmp_path):
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_text_matters(tmp_path):
+    """After a short run the right captions explain the pictures better than exchanged ones."""
+    small = ["--shapes", 2, "--colors", 3, "--batch-size", 32, "--warmup-samples", 1000]
+    out = train(
+        tmp_path / "run", *small, "--samples", 16_000, "--cooldown-samples", 8000,
+        "--eval-every-samples", 16_000, "--save-every-samples", 16_000,
+    )  # fmt: skip
+    model = load_model(zero.checkpoints(out / "checkpoints")[-1] / "ema_0.10")
+    world = shapes.World(20, 2, 3, 10)
+    text, n = HashText(tokens=12), 512
+    batch = Samples(shapes.Shapes(world, 1), text, seed=1, dropout=0.0).__getitems__(list(range(n)))
+    data, words, _, noise = encode(batch, Pixels(), text, "cpu")
+    t = torch.full((n,), 0.8)
+    with torch.no_grad():
+        right, wrong, none = (
+            rf.rf_loss(model, data, w, t=t, noise=noise)
+            for w in (words, words.roll(1, 0), torch.zeros_like(words))
+        )
+    gain = wrong - right
+    print(right.mean(), wrong.mean(), none.mean(), gain.mean() / gain.std() * n**0.5)
+    assert wrong.mean() > 1.05 * right.mean()
+    assert none.mean() > right.mean()
+    assert gain.mean() > 5 * gain.std() / n**0.5  # five standard errors
+
+
 # --- pieces --------------------------------------------------------------------------------------
 
 
@@ -224,6 +264,9 @@ def test_batch_arithmetic(tmp_path):
             "--ds-config", path)  # fmt: skip
     path.write_text(json.dumps(config | {"zero_optimization": {"stage": 3}}))
     refused(r'"stage" 3 must be 2', tmp_path / "run", "--ds-config", path)
+    offload = config["zero_optimization"] | {"offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps(config | {"zero_optimization": offload}))
+    refused('"offload_optimizer" is not supported', tmp_path / "run", "--ds-config", path)
     path.write_text("{")
     refused("cannot be read", tmp_path / "run", "--ds-config", path)
     assert not (tmp_path / "run").exists()
@@ -241,6 +284,7 @@ def test_wrong_options(tmp_path):
     refused(r"--size 22 must be a multiple of 4", tmp_path, "--size", 22)
     refused("at least 20", tmp_path, "--size", 12)
     refused("2 to 6 shapes", tmp_path, "--shapes", 9)
+    refused("--micro-batch 0 must be at least 1", tmp_path, "--micro-batch", 0)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(done):
@@ -249,13 +293,29 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(done):
 
 
 def test_wrong_or_partial_checkpoints(done, tmp_path):
-    refused("is no checkpoint of train_t2i.py", tmp_path / "run", "--resume", tmp_path)
-    part = tmp_path / "checkpoints" / f"{40:012d}"
+    out = tmp_path / "run"
+    refused("does not lie in", out, "--resume", zero.checkpoints(done / "checkpoints")[0])
+    refused("is no checkpoint of train_t2i.py", out, "--resume", out / "checkpoints" / "7")
+    refused("is not the last checkpoint: move .*80 away to go back", done, "--resume",
+            zero.checkpoints(done / "checkpoints")[0])  # fmt: skip
+    part = out / "checkpoints" / f"{40:012d}"
     shutil.copytree(zero.checkpoints(done / "checkpoints")[0], part)
+    shutil.move(part / "ema_0.05", tmp_path)
+    shutil.move(part / "ema_0.10", tmp_path)
+    refused(r"is partial: its weights \(mp_rank_\*, ema_\*\) are missing", out, "--resume", "auto")
     next(part.glob("zero_pp*")).unlink()
-    refused("is partial: it holds 0 of 1 optimizer shards", tmp_path / "run", "--resume", part)
+    refused("is partial: it holds 0 of 1 optimizer shards; delete it", out, "--resume", "auto")
     (part / "run.json").write_text('{"samples": 4')
-    refused("no readable run.json", tmp_path / "run", "--resume", part)
+    refused("no readable run.json", out, "--resume", "auto")
+
+
+def test_overwrite_removes_nothing_before_all_is_well(done, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    refused("--size 22 must be a multiple", out, "--overwrite", "--size", 22)
+    assert len(zero.checkpoints(out / "checkpoints")) == 2
+    train(out, "--overwrite", "--samples", 16)
+    assert [int(p.name) for p in zero.checkpoints(out / "checkpoints")] == [16]
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
