@@ -181,7 +181,11 @@ class Scene(NamedTuple):
 
 
 def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) -> Scene:
-    """Things that obey the meaning, without touching; what it leaves open is drawn at random."""
+    """Things that obey the meaning, without touching; what it leaves open is drawn at random.
+
+    Two groups stand in reading order, the first further left, unless the caption relates them: so
+    a caption tells a small network which thing goes where. (The reader accepts any order.)
+    """
     palette = list(COLORS)[: world.colors]
     total = sum(g.count for g in meaning.groups)
     looks = []  # (shape, color, radius) of each thing, group by group
@@ -201,6 +205,9 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
         good = apart(layouts, radii) & inside.all((-1, -2))
         if meaning.relation is not None:
             good &= relation_holds(meaning, layouts, clear=1.2)
+        elif len(meaning.groups) == 2:
+            first_left = meaning._replace(relation="left of")
+            good &= relation_holds(first_left, layouts, clear=0)
         if good.any():
             places = layouts[good.argmax()].tolist()
             things = tuple(Thing(*look, *xy) for look, xy in zip(looks, places, strict=True))

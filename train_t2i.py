@@ -56,9 +56,9 @@ COMMON = {
 RECIPES = {
     # two CPU cores, 25 minutes: a small world, 25 image tokens
     "tiny": {
-        "size": 20, "shapes": 4, "colors": 6, "places": 10, "batch_size": 64, "samples": 960_000,
-        "warmup_samples": 6_400, "cooldown_samples": 960_000, "eval_every_samples": 96_000,
-        "save_every_samples": 96_000, "most_at_once": 64,
+        "size": 20, "shapes": 4, "colors": 6, "places": 10, "batch_size": 64, "samples": 832_000,
+        "warmup_samples": 6_400, "cooldown_samples": 832_000, "eval_every_samples": 83_200,
+        "save_every_samples": 83_200, "most_at_once": 64,
     },
     # GPUs: the whole world. Chosen by reasoning, not run yet.
     "small": {
