@@ -195,7 +195,6 @@ def save_weights(*args, **kwargs):
 zero.save_weights = save_weights
 """
     run(out, hook=EVERY_STEP + kill, fails=True)
-    assert (out / "checkpoints" / "partial").is_dir()
     assert newest(out).name == f"{5 * BATCH:012d}"
     run(out, hook=EVERY_STEP, extra=["--resume", "auto"])
     assert (out / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
