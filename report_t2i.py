@@ -203,6 +203,7 @@ def plot_progress(folder: Path, captions: list[str], path: Path):
 def plot_curves(log_rows: list[tuple], eval_rows: list[tuple], path: Path):
     """Loss and scores over the samples seen, and the last validation loss against t."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     left.plot([r[1] for r in log_rows], [r[2] for r in log_rows], alpha=0.5, label="training")
@@ -217,5 +218,7 @@ def plot_curves(log_rows: list[tuple], eval_rows: list[tuple], path: Path):
         right.plot(seen, [row[i] for row in eval_rows], "o-", markersize=3, label=name, **style)
     right.set(xlabel="samples", ylabel="share of pictures that obey", ylim=(0, 1))
     right.legend(fontsize=7)
+    for axis in (left, right):
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k for 200000
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -12,6 +12,7 @@ and an exact reader (shapes.py) says which pictures obey.
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: i
         axis.axis("off")
     for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(caption, fontsize=7, wrap=True)
+        axis.set_title(textwrap.fill(caption, 26), fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

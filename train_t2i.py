@@ -495,7 +495,7 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     for key, names in {
-        "compile": ("auto", "on", "off"), "precision": ("bf16", "fp32"),
+        "compile": ("auto", "on", "off"), "precision": ("auto", "bf16", "fp32"),
         "residual": (None, *RESIDUALS),
     }.items():  # fmt: skip
         if getattr(args, key) not in names:

@@ -241,7 +241,7 @@ def test_samples_of_a_batch_do_not_mix():
 
 
 def expected_class(name):
-    """The table of FACTS by name, independently of how the code says it."""
+    """muP's table by name, independently of how the code says it."""
     if re.search(r"bias|positions|registers", name):
         return "vector"
     if "modulation" in name:
