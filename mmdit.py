@@ -17,6 +17,7 @@ table, Tensor Programs V (Yang et al. 2022, 2203.03466) for muP, registers: 2309
 Imports nothing of ours: the network does not know the flow.
 """
 
+import argparse
 import json
 import math
 import os
@@ -97,10 +98,6 @@ PRESETS = {
         in_channels=1, patch_size=7, dim=96, head_dim=32, n_layers=4, n_double_layers=0,
         text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
     ),
-    "digits-wide": MMDiTConfig(
-        in_channels=1, patch_size=7, dim=256, head_dim=32, n_layers=4, n_double_layers=0,
-        text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
-    ),
     # chapter 2: the same network, from a laptop to AuraFlow
     "tiny": MMDiTConfig(
         in_channels=3, patch_size=4, dim=96, head_dim=32, n_layers=5, n_double_layers=1,
@@ -114,6 +111,7 @@ PRESETS = {
     "1b": MMDiTConfig(dim=1536, n_layers=20, n_double_layers=3),
     "auraflow-6.8b": MMDiTConfig(residual="auraflow"),
 }  # fmt: skip
+PRESETS |= {f"{name}-wide": replace(PRESETS[name], dim=256) for name in ("digits", "tiny")}
 
 # ------------------------------------------------------------------------------------------------
 # Small parts
@@ -467,19 +465,27 @@ class MMDiT(nn.Module):
         """
         if parametrization not in ("mup", "standard"):
             raise ValueError(f"parametrization = {parametrization!r} must be 'mup' or 'standard'")
-        with torch.device("meta"):  # the same network at the base width: shapes without memory
-            base = MMDiT(replace(self.config, dim=self.config.base_dim))
-        groups = {}
+        ratios, groups = self.fan_in_ratios(), {}
         for name, parameter in self.named_parameters():
-            m, decays = 1.0, ROLES[self.role(name)].decays
-            if parametrization == "mup" and self.role(name) != "vector":
-                m = parameter.shape[1] / base.get_parameter(name).shape[1]  # fan_in ratio
+            m = ratios[name] if parametrization == "mup" else 1.0
+            decays = ROLES[self.role(name)].decays
             key = (lr / m, weight_decay * m if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
         return [
             {"params": params, "lr": rate, "weight_decay": decay}
             for (rate, decay), params in groups.items()
         ]
+
+    def fan_in_ratios(self) -> dict[str, float]:
+        """name → m = fan_in / (fan_in at base_dim); 1 for vectors and what does not grow."""
+        with torch.device("meta"):  # the same network at the base width: shapes without memory
+            base = MMDiT(replace(self.config, dim=self.config.base_dim))
+        return {
+            name: 1.0
+            if self.role(name) == "vector"
+            else parameter.shape[1] / base.get_parameter(name).shape[1]
+            for name, parameter in self.named_parameters()
+        }
 
     def role(self, parameter_name: str) -> str:
         """The row of ROLES for a parameter: its Linear's role; "vector" for what is no matrix."""
@@ -552,3 +558,38 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> MMDiT:
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: weights and config.json do not match: {error}") from error
     return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# python mmdit.py --explain tiny
+# ------------------------------------------------------------------------------------------------
+
+
+def explain(config: MMDiTConfig) -> str:
+    """muP's table for one network: a row for each class of parameters with the same fan-in."""
+    with torch.device("meta"):
+        model = MMDiT(config)
+    ratios, rows = model.fan_in_ratios(), {}
+    for name, parameter in model.named_parameters():
+        role = model.role(name)
+        fan_in = 0 if role == "vector" else parameter.shape[1]
+        tensors, values, _ = rows.get((role, fan_in), (0, 0, 1.0))
+        rows[role, fan_in] = (tensors + 1, values + parameter.numel(), ratios[name])
+    head = f"{'class':11}{'fan-in':>7}{'tensors':>9}{'values':>15}{'init std':>10}"
+    lines = [head + f"{'lr x':>8}{'decay x':>9}"]
+    for (role, fan_in), (tensors, values, m) in sorted(rows.items()):
+        std = {"fan_in": f"{fan_in**-0.5:.4f}" if fan_in else "", "zero": "0", "own": "own"}
+        decay = f"{m:.4g}" if ROLES[role].decays else "0"
+        lines.append(
+            f"{role:11}{fan_in or '-':>7}{tensors:>9}{values:>15,}{std[ROLES[role].init]:>10}"
+            f"{1 / m:>8.4g}{decay:>9}"
+        )
+    total = f"{model.n_parameters():,} values; the multipliers are 1 at width {config.base_dim}"
+    return "\n".join([*lines, total])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="muP's table for a preset")
+    parser.add_argument("--explain", choices=PRESETS, required=True, metavar="PRESET",
+                        help=", ".join(PRESETS))  # fmt: skip
+    print(explain(PRESETS[parser.parse_args().explain]))

@@ -82,6 +82,7 @@ RECIPES = {
         "eval_every_samples": 4_096_000, "save_every_samples": 1_024_000, "most_at_once": 8,
     },
 }  # fmt: skip
+RECIPES["tiny-wide"] = RECIPES["tiny"]  # 256 wide: a second width for the same --lr (muP)
 
 
 def train(run: "Run"):
