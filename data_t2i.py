@@ -15,6 +15,7 @@ import signal
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -72,12 +73,26 @@ class HashText:
         return features * there
 
 
+def inside(name: str, part: str) -> dict:
+    """from_pretrained's subfolder, if `name` is the folder of a whole pipeline."""
+    return {"subfolder": part} if (Path(name) / part).is_dir() else {}
+
+
 class HuggingFaceText:
-    """The encoder of a T5 or UMT5 model, by hub name or local folder; padded rows are zeroed."""
+    """The encoder of a T5 or UMT5 model, by hub name or local folder; padded rows are zeroed.
+
+    The folder may be a whole pipeline's: then its text_encoder/ and tokenizer/ are taken.
+    """
 
     in_workers = False  # too large to stand in every worker: the trainer encodes on the device
 
-    def __init__(self, name: str, tokens: int = 256, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        name: str,
+        tokens: int = 256,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         try:
             from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
         except ImportError as error:
@@ -86,20 +101,18 @@ class HuggingFaceText:
             ) from error
         classes = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            encoder = inside(name, "text_encoder")
+            kind = AutoConfig.from_pretrained(name, **encoder).model_type
             if kind not in classes:
                 raise ValueError(f"--text-encoder {name} is a {kind!r} model, must be t5 or umt5")
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = classes[kind].from_pretrained(name).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **inside(name, "tokenizer"))
+            model = classes[kind].from_pretrained(name, **encoder, dtype=dtype)
+            self.model = model.to(device).eval()
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
-        self.name, self.tokens, self.dim, self.device = (
-            name,
-            tokens,
-            self.model.config.d_model,
-            device,
-        )
+        self.name, self.tokens, self.device = name, tokens, device
+        self.dim = self.model.config.d_model
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:
@@ -148,7 +161,8 @@ class VAE:
         except ImportError as error:
             raise ValueError(f"--vae {name} needs diffusers: pip install diffusers") from error
         try:
-            self.model = AutoencoderKL.from_pretrained(name).to(device).eval()
+            model = AutoencoderKL.from_pretrained(name, **inside(name, "vae"))
+            self.model = model.to(device).eval()
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"--vae {name} could not be loaded: {reason}") from error

@@ -3,6 +3,8 @@
     python sample_t2i.py runs/shapes "two red circles above a blue square"
     python sample_t2i.py runs/shapes --prompts prompts.txt --gif
     python sample_t2i.py runs/shapes --score shapes --steps 20
+    python sample_t2i.py --auraflow fal/AuraFlow-v0.3 "a cat reading a newspaper"
+    python sample_t2i.py runs/mine --export diffusers out/mine
 
 RUN is the folder of a run (its newest checkpoint is taken), of one checkpoint, or of exported
 weights. The score asks for the six GenEval tags (2310.11513) with prompts that training never saw,
@@ -14,6 +16,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +24,19 @@ from tqdm import tqdm
 
 import rf
 import shapes
+from auraflow import (
+    load_auraflow,
+    pipeline_folder,
+    save_diffusers,
+    save_original,
+    save_pipeline,
+)  # fmt: skip
 from data_mnist import mix_seed
-from data_t2i import image_encoder, text_encoder
+from data_t2i import VAE, HashText, HuggingFaceText, Pixels, image_encoder, text_encoder
 from mmdit import MMDiT, load_model
+
+# AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
+AURAFLOW = {"size": 1024, "cfg": 3.5, "steps": 50, "shift": 1.73}
 
 # ------------------------------------------------------------------------------------------------
 # Drawing
@@ -151,6 +164,44 @@ def load_run(path: Path, device, ema: str | None = None) -> tuple[MMDiT, dict]:
     return model, config["run"]
 
 
+class Painter(NamedTuple):
+    """All that turns prompts into pictures; `settings` are those of the run."""
+
+    model: MMDiT
+    text: HashText | HuggingFaceText
+    image: Pixels | VAE
+    settings: dict
+
+    @classmethod
+    def of_run(cls, path: Path, device, ema: str | None = None) -> "Painter":
+        model, run = load_run(path, device, ema)
+        text = text_encoder(run["text_encoder"], tokens=run["text_tokens"], device=device)
+        return cls(model, text, image_encoder(run["vae"], device), {"steps": 20} | run)
+
+    @classmethod
+    def of_auraflow(cls, name: str, device) -> "Painter":
+        """AuraFlow's own pipeline, by hub name or folder; network and text in bf16 on a GPU."""
+        folder = pipeline_folder(name)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = load_auraflow(folder, device, dtype)
+        text = HuggingFaceText(str(folder), 256, device, dtype)
+        return cls(model, text, VAE(str(folder), device), AURAFLOW)
+
+
+def export(painter: Painter, naming: str, out: Path):
+    """Write the network for others: "diffusers" a folder, "auraflow" one file (auraflow.py).
+
+    With a real text encoder and VAE the diffusers folder is a whole pipeline.
+    """
+    model, text, image, settings = painter
+    if naming == "auraflow":
+        save_original(model, out)
+    elif isinstance(text, HashText) or isinstance(image, Pixels):
+        save_diffusers(model, out)
+    else:
+        save_pipeline(model, text, image, out, settings["shift"])
+
+
 # ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
@@ -161,14 +212,22 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint, or exported weights")
+    add("run", nargs="?", metavar="RUN", help="folder of a run, a checkpoint, or exported weights")
     add("prompt", nargs="*", help="one or more prompts, in quotes")
     add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
+    add(
+        "--auraflow",
+        metavar="NAME",
+        help="AuraFlow's pipeline, a folder or hub name, for RUN",
+    )
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help="write: diffusers (a folder) or auraflow (one file, original keys)")  # fmt: skip
     add("--score", choices=["shapes"], help="score held-out prompts instead of drawing given ones")
     add("--per-tag", type=int, default=100, help="scored prompts of each tag (default: 100)")
     add("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
     add("--cfg", type=float, help="guidance: 1 none, above 1 closer to the prompt (default: run's)")
-    add("--steps", type=int, default=20, help="solver steps from noise to image (default: 20)")
+    add("--steps", type=int, help="solver steps from noise to image (default: 20, AuraFlow 50)")
+    add("--size", help="side of the picture in pixels, or HEIGHTxWIDTH (default: the run's)")
     add("--solver", default="euler", help=f"one of {', '.join(rf.SOLVERS)} (default: euler)")
     add("--shift", type=float, help="of the sampler's time grid (default: the run's)")
     add("--ema", help="which average, say 0.05 or 0.10 (default: the narrowest)")
@@ -182,6 +241,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     captions = list(args.prompt)
+    if args.auraflow and args.run:  # there is no RUN: the first word group is a prompt
+        captions.insert(0, args.run)
     if args.prompts is not None:
         if not args.prompts.is_file():
             raise FileNotFoundError(
@@ -194,29 +255,52 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return captions
 
 
+def latent_size(size: int | str, factor: int) -> tuple[int, int]:
+    """512 or "512x768" in pixels → the latent's rows and columns. ValueError if it does not fit."""
+    sides = str(size).split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--size {size} must be a number of pixels or HEIGHTxWIDTH")
+    for side in map(int, sides):
+        if side % factor:
+            raise ValueError(f"--size {size} must be a multiple of {factor}, the VAE's factor")
+    return int(sides[0]) // factor, int(sides[-1]) // factor
+
+
 def launch(args: argparse.Namespace):
     from train_mnist import choose_device, save_gif
 
     for key in ("steps", "images", "per_tag", "batch"):
-        if getattr(args, key) < 1:
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     if args.solver not in rf.SOLVERS:
         raise ValueError(f"--solver {args.solver!r} must be one of {', '.join(rf.SOLVERS)}")
-    captions = None if args.score else read_prompts(args)
+    if args.export and args.export[0] not in ("diffusers", "auraflow"):
+        raise ValueError(f"--export {args.export[0]!r} must be diffusers or auraflow")
+    if not (args.run or args.auraflow):
+        raise ValueError("no RUN given: the folder of a run, or --auraflow NAME")
+    captions = None if args.score or args.export else read_prompts(args)
     device = choose_device(args.device)
-    model, run = load_run(args.run, device, args.ema)
-    text = text_encoder(run["text_encoder"], tokens=run["text_tokens"], device=device)
-    image = image_encoder(run["vae"], device)
-    side = run["size"] // image.factor
+    if args.auraflow:
+        painter = Painter.of_auraflow(args.auraflow, device)
+    else:
+        painter = Painter.of_run(Path(args.run), device, args.ema)
+    if args.export:
+        export(painter, args.export[0], Path(args.export[1]))
+        print(f"wrote {args.export[1]}")
+        return
+    model, text, image, run = painter
+    height, width = latent_size(args.size or run["size"], image.factor)
     options = {
         "text": text, "image": image, "device": device, "batch": args.batch, "progress": True,
-        "cfg": run["cfg"] if args.cfg is None else args.cfg, "steps": args.steps,
-        "solver": args.solver, "shift": run["shift"] if args.shift is None else args.shift,
+        "solver": args.solver,
+    } | {
+        key: run[key] if getattr(args, key) is None else getattr(args, key)
+        for key in ("cfg", "steps", "shift")
     }  # fmt: skip
     if args.score:
         world = shapes.World(run["size"], run["shapes"], run["colors"], run["places"])
         prompts = shapes_prompts(world, args.per_tag)
-        noise = fixed_noise(len(prompts), (image.channels, side, side), args.seed)
+        noise = fixed_noise(len(prompts), (image.channels, height, width), args.seed)
         pictures = draw(model, [caption for _, caption in prompts], noise, **options)
         for tag, score in scores(prompts, obeyed(pictures, prompts)).items():
             print(f"{tag:14} {score:.3f}")
@@ -224,7 +308,7 @@ def launch(args: argparse.Namespace):
         captioned_grid(pictures[shown], [prompts[i][1] for i in shown], args.out)
     else:
         each = [caption for caption in captions for _ in range(args.images)]
-        noise = fixed_noise(len(each), (image.channels, side, side), args.seed)
+        noise = fixed_noise(len(each), (image.channels, height, width), args.seed)
         if args.gif:
             frames = draw(model, each, noise, return_trajectory=True, **options)
             save_gif(frames.float() / 127.5 - 1, args.images, args.out.with_suffix(".gif"))

@@ -353,10 +353,13 @@ def model_config(args: argparse.Namespace, text, image) -> MMDiTConfig:
             f"--size {args.size} must be a multiple of {image.factor * preset.patch_size} (the"
             f" encoder's factor {image.factor} x the preset's patch {preset.patch_size})"
         )
-    return replace(
+    config = replace(
         preset, in_channels=image.channels, text_dim=text.dim, max_grid=side,
         residual=args.residual or preset.residual,
     )  # fmt: skip
+    # AuraFlow's residual asks for AuraFlow's network, so that it can be exported (auraflow.py).
+    aura = {"n_registers": 8, "mlp_multiple_of": 256}
+    return replace(config, **aura) if config.residual == "auraflow" else config
 
 
 # ------------------------------------------------------------------------------------------------
@@ -402,7 +405,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("network")
     add(model, "preset", f"{', '.join(RECIPES)} (default: tiny)")
-    add(model, "residual", "prenorm or auraflow (default: the preset's)")
+    add(model, "residual", "prenorm, or auraflow: can be exported (default: the preset's)")
     add(model, "compile", "compile the blocks: auto (CUDA with Triton), on or off", default="auto")
     add(model, "precision", "auto, bf16 or fp32 (auto: bf16 where it is fast)", default="auto")
 

@@ -40,8 +40,8 @@ ASPECTS = (
     (160, 2),
     (224, 1),
 )  # width, single blocks: about as many weights
-SIZES = (32, 64, 96, 128, 160)  # widths to fit; parameters grow as the square
-HELD_OUT = 192  # the width whose loss is predicted, then measured
+SIZES = (64, 96, 128, 160, 192)  # widths to fit; parameters grow as the square
+HELD_OUT = 256  # the width whose loss is predicted, then measured
 
 
 def shapes_of(search: str, data) -> list[MMDiTConfig]:
