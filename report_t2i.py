@@ -25,7 +25,12 @@ import shapes
 LOG_EVERY = 10
 LOG_COLUMNS = ("step", "samples", "loss", "grad_norm", "lr", "skipped")
 TIMES = [f"loss_t{i}/8" for i in range(8)]
-EVAL_COLUMNS = ("samples", "loss", *TIMES, *shapes.TAGS, "mean")
+
+
+def eval_columns(scored: bool) -> tuple[str, ...]:
+    """Of eval.csv. scored: on shapes; pictures of other data have no score."""
+    return "samples", "loss", *TIMES, *((*shapes.TAGS, "mean") if scored else ())
+
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
@@ -182,9 +187,8 @@ def plot_progress(folder: Path, captions: list[str], path: Path):
     import matplotlib.pyplot as plt
 
     strips = sorted(folder.glob("[0-9]*.png"))
-    images = [np.asarray(Image.open(strip)) for strip in strips]  # (H, columns·H, 3)
-    side = images[0].shape[0]
-    columns = images[0].shape[1] // side
+    images = [np.asarray(Image.open(strip)) for strip in strips]  # (H, columns·W, 3)
+    columns = len(captions)
     figure, axes = plt.subplots(
         len(strips), columns, figsize=(0.95 * columns + 0.7, 0.95 * len(strips) + 0.7),
         squeeze=False, layout="constrained",
@@ -205,7 +209,10 @@ def plot_curves(log_rows: list[tuple], eval_rows: list[tuple], path: Path):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    names = eval_columns(scored=len(eval_rows[-1]) > 10)[10:]
+    panels = 3 if names else 2
+    figure, axes = plt.subplots(1, panels, figsize=(14 * panels / 3, 3.8), layout="constrained")
+    left, middle = axes[:2]
     left.plot([r[1] for r in log_rows], [r[2] for r in log_rows], alpha=0.5, label="training")
     seen = [row[0] for row in eval_rows]
     left.plot(seen, [row[1] for row in eval_rows], "o-", label="validation, t = 0, 1/8 … 7/8")
@@ -213,12 +220,13 @@ def plot_curves(log_rows: list[tuple], eval_rows: list[tuple], path: Path):
     left.legend()
     middle.bar([i / 8 for i in range(8)], eval_rows[-1][2:10], width=0.1)
     middle.set(xlabel="t   (0 = data, 1 = noise)", ylabel="validation loss")
-    for i, name in enumerate(EVAL_COLUMNS[10:], start=10):
+    for i, name in enumerate(names, start=10):
         style = {"color": "black", "linewidth": 2.5} if name == "mean" else {}
-        right.plot(seen, [row[i] for row in eval_rows], "o-", markersize=3, label=name, **style)
-    right.set(xlabel="samples", ylabel="share of pictures that obey", ylim=(0, 1))
-    right.legend(fontsize=7)
-    for axis in (left, right):
+        axes[2].plot(seen, [row[i] for row in eval_rows], "o-", markersize=3, label=name, **style)
+    if names:
+        axes[2].set(xlabel="samples", ylabel="share of pictures that obey", ylim=(0, 1))
+        axes[2].legend(fontsize=7)
+    for axis in (left, *axes[2:]):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k for 200000
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -32,7 +32,7 @@ from auraflow import (
     save_pipeline,
 )  # fmt: skip
 from data_mnist import mix_seed
-from data_t2i import VAE, HashText, HuggingFaceText, Pixels, image_encoder, text_encoder
+from encoders import VAE, HashText, HuggingFaceText, Pixels, image_encoder, text_encoder
 from mmdit import MMDiT, load_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
@@ -60,7 +60,7 @@ def draw(
 ) -> Tensor:  # fmt: skip
     """captions, noise (B, C, h, w) → pictures (B, 3, H, W) uint8 on the CPU.
 
-    text, image: encoders of data_t2i. options go to rf.sample (cfg, steps, solver, shift); with
+    text, image: encoders of encoders.py. options go to rf.sample (cfg, steps, solver, shift); with
     return_trajectory=True (steps + 1, B, 3, H, W), the noise first. batch: images at a time.
     """
     null = text([""]).to(device)
@@ -154,14 +154,18 @@ def find_weights(path: Path, ema: str | None = None) -> Path:
     return wanted[0]
 
 
-def load_run(path: Path, device, ema: str | None = None) -> tuple[MMDiT, dict]:
-    """The model of a run, and the settings it was trained with."""
-    folder = find_weights(path, ema)
-    model = load_model(folder, device)
+def run_settings(folder: Path) -> dict:
+    """What the run was told whose weights lie in this folder."""
     config = json.loads((folder / "config.json").read_text())
     if "run" not in config or "text_encoder" not in config["run"]:
         raise ValueError(f"{folder} was not written by train_t2i.py: its config.json has no run")
-    return model, config["run"]
+    return config["run"]
+
+
+def load_run(path: Path, device, ema: str | None = None) -> tuple[MMDiT, dict]:
+    """The model of a run, and the settings it was trained with."""
+    folder = find_weights(path, ema)
+    return load_model(folder, device), run_settings(folder)
 
 
 class Painter(NamedTuple):

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rf
 import shapes
 from data_mnist import Batches, OneHotText, load_images, to_unit
-from data_t2i import HashText, Pixels, Samples, encode
+from data_t2i import Samples, Shuffled, encode
+from encoders import HashText, Pixels
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 from train_mnist import choose_device
 
@@ -114,7 +115,10 @@ class Scenes:
         return encode(samples.__getitems__(list(positions)), Pixels(), self.text, self.device)
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        samples, seen = Samples(shapes.Shapes(WORLD, seed), self.text, seed=seed, shift=2.0), 0
+        samples, seen = (
+            Samples(Shuffled(shapes.Shapes(WORLD, seed), seed), self.text, seed=seed, shift=2.0),
+            0,
+        )
         while True:
             yield self._encoded(samples, range(seen, seen + BATCH))
             seen += BATCH
@@ -122,7 +126,7 @@ class Scenes:
     @cached_property
     def validation(self) -> Batch:
         source = shapes.Shapes(WORLD, 0, held=True)
-        samples = Samples(source, self.text, seed=0, shift=2.0, dropout=0.0)
+        samples = Samples(Shuffled(source, 0), self.text, seed=0, shift=2.0, dropout=0.0)
         return self._encoded(samples, range(VALIDATION))
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
 from safetensors.torch import load_file, save_file
-from test_data_t2i import tiny_t5, tiny_vae
+from test_encoders import tiny_t5, tiny_vae
 
 import auraflow
 import sample_t2i
-from data_t2i import VAE, HuggingFaceText
+from encoders import VAE, HuggingFaceText
 from mmdit import MMDiT, MMDiTConfig, save_model
 
 SMALL = MMDiTConfig(
@@ -229,10 +229,13 @@ def test_wrong_commands_end_in_one_line(run, tmp_path):
 
 
 def test_the_trainers_auraflow_residual_can_be_exported():
+    import options_t2i
     import train_t2i
-    from data_t2i import HashText, Pixels
+    from encoders import HashText, Pixels
 
-    for preset in train_t2i.RECIPES:
+    for preset in options_t2i.RECIPES:
         args = train_t2i.build_parser().parse_args(["--preset", preset, "--residual", "auraflow"])
         train_t2i.resolve(args, None)
-        auraflow.check(train_t2i.model_config(args, HashText(tokens=12), Pixels()))
+        auraflow.check(
+            train_t2i.model_config(args, HashText(tokens=12), Pixels(), [(args.size, args.size)])
+        )

@@ -1,13 +1,15 @@
-"""data_t2i.py: encoders, and a loader whose samples depend on (seed, position) alone."""
+"""data_t2i.py: a loader whose samples depend on (seed, position) alone."""
 
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from test_encoders import tiny_vae
 
 import data_t2i
-from data_t2i import HashText, Pixels, RankPositions, Samples, loader
+from data_t2i import RankPositions, Samples, Shuffled, loader
+from encoders import VAE, HashText, Pixels
 from shapes import Shapes, World
 
 
@@ -25,133 +27,18 @@ class Numbered:
 
 
 def samples(n=11, seed=0, image=None, **kwargs):
-    return Samples(Numbered(n), HashText(16, 4), image, seed=seed, **kwargs)
+    return Samples(Shuffled(Numbered(n), seed), HashText(16, 4), image, seed=seed, **kwargs)
 
 
 def numbers(batch):
     return batch.images[:, 0, 0, 0].tolist()
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
-def test_hash_text_is_frozen_ordered_and_padded():
-    a, b = HashText(64, 6), HashText(64, 6)
-    captions = ["a red ring", "ring red a", "", "one two three four five six seven eight"]
-    x = a(captions)
-    assert x.shape == (4, 6, 64) and torch.equal(x, b(captions))
-    assert torch.equal(x[0], a(["A red, ring"])[0])  # case and commas do not matter
-    assert not x[2].any() and not x[0, 3:].any() and x[3].any(1).all()
-    assert not torch.allclose(x[0, :3], x[1, :3].flip(0))
-
-
-def test_hashed_words_hear_their_neighbours():
-    """The formula of the docstring, word by word."""
-    text = HashText(32, 5)
-    words = ["a", "blue", "square", "below"]
-    features = text([" ".join(words)])[0]
-    for i in range(4):
-        expected = text.vector(words[i]) + text.positions[i]
-        for d in (1, 2, 3):
-            if i - d >= 0:
-                expected = expected + 0.5**d * text.vector(words[i - d]).roll(7 * d)
-            if i + d < 4:
-                expected = expected + 0.5**d * text.vector(words[i + d]).roll(-7 * d)
-        assert torch.allclose(features[i], expected, atol=1e-6)
-    assert not features[4].any()
-
-
-def test_hashed_words_are_apart():
-    text = HashText(64, 1)
-    words = ["red", "green", "blue", "circle", "square", "star", "two", "three", "left", "a", "of"]
-    v = torch.nn.functional.normalize(text(words)[:, 0] - text.positions[0], dim=1)
-    assert (v @ v.T - torch.eye(len(words))).abs().max() < 0.55
-
-
-def tiny_t5(folder):
-    """A random two-layer T5 with six words, saved; its folder as a string."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "ring"])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    raw.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
-    config = transformers.T5Config(
-        vocab_size=6, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
-    )
-    torch.manual_seed(0)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-def test_transformers_text_encoder_masks_padding(tmp_path):
-    tiny_t5(tmp_path)
-    text = data_t2i.text_encoder(str(tmp_path), tokens=7)
-    x = text(["a red ring", ""])
-    assert x.shape == (2, 7, 16) and text.dim == 16
-    assert x[0, :4].any(1).all() and not x[0, 4:].any()  # three words and the end mark
-    assert x[1, :1].any() and not x[1, 1:].any()
-    alone = data_t2i.text_encoder(str(tmp_path), tokens=4)(["a red ring"])
-    assert torch.allclose(alone[0], x[0, :4], atol=1e-5)  # padding changes nothing
-
-
-def test_a_text_encoder_that_cannot_be_had_says_why(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="could not be loaded"):
-        data_t2i.text_encoder(str(tmp_path / "nothing"), 8)
-
-
-def test_missing_libraries_name_the_pip_command(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ValueError, match="pip install transformers"):
-        data_t2i.text_encoder("google/umt5-small", 8)
-    with pytest.raises(ValueError, match="pip install diffusers"):
-        data_t2i.VAE("somewhere")
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def test_pixels_round_trip():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    assert torch.equal(Pixels().decode(Pixels().encode(images)), images)
-
-
-def tiny_vae(folder):
-    """A random AutoencoderKL that halves the side, saved; its folder as a string."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
-        scaling_factor=0.13025,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
-
-
-def test_vae_latents_have_the_pipelines_scale(tmp_path):
-    vae = data_t2i.VAE(tiny_vae(tmp_path))
-    assert (vae.factor, vae.channels, vae.scale) == (2, 4, 0.13025)
-    images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    posterior = vae.model.encode(images.float() / 127.5 - 1).latent_dist
-    assert torch.allclose(vae.encode(images), posterior.mean * 0.13025, atol=1e-5)
-    grain = torch.randn(2, 4, 4, 6)
-    latents = vae.encode(images, grain)
-    expected = (posterior.mean + posterior.std * grain) * 0.13025
-    assert torch.allclose(latents, expected, atol=1e-5)
-    assert vae.decode(latents).shape == (2, 3, 8, 12)
+# --- the loader ----------------------------------------------------------------------------------
 
 
 def test_the_loader_draws_noise_and_grain_of_the_latents_shape(tmp_path):
-    vae = data_t2i.VAE(tiny_vae(tmp_path))
+    vae = VAE(tiny_vae(tmp_path))
     batch = samples(image=vae).__getitems__([4, 9])
     assert batch.images.shape == (2, 3, 2, 2) and batch.noise.shape == (2, 4, 1, 1)
     assert batch.grain.shape == batch.noise.shape and not torch.equal(batch.grain, batch.noise)
@@ -168,9 +55,6 @@ def test_encode_hands_the_flow_what_it_takes():
         HashText(16, 4)(["number 3", "number 5", ""]),
     )
     assert torch.equal(t, batch.t) and torch.equal(noise, batch.noise) and text.shape == (3, 4, 16)
-
-
-# --- the loader ----------------------------------------------------------------------------------
 
 
 def test_a_sample_depends_on_seed_and_position_alone():
@@ -223,7 +107,7 @@ def test_captions_are_dropped_at_the_rate():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_resumes_in_the_row(workers):
-    world = Samples(Shapes(World(24, places=24)), HashText(16, 16), seed=0)
+    world = Samples(Shuffled(Shapes(World(24, places=24)), 0), HashText(16, 16), seed=0)
     options = {"micro_batch": 3, "rank": 1, "world_size": 2, "workers": workers}
     whole = list(islice(loader(world, seen=0, pin_memory=False, **options), 5))
     resumed = list(

@@ -11,7 +11,7 @@ from PIL import Image
 import rf
 import sample_t2i
 import shapes
-from data_t2i import HashText, Pixels
+from encoders import HashText, Pixels
 from mmdit import PRESETS, MMDiT, save_model
 from sample_t2i import draw, find_weights, fixed_noise, obeyed, scores, shapes_prompts
 from shapes import World

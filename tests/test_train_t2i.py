@@ -16,8 +16,10 @@ import sample_t2i
 import shapes
 import train_t2i
 import zero
-from data_t2i import HashText, Pixels, Samples, encode
+from data_t2i import Samples, Shuffled, encode
+from encoders import HashText, Pixels
 from mmdit import load_model
+from options_t2i import RECIPES
 
 OPTIONS = [
     "--samples", 80, "--batch-size", 8, "--eval-every-samples", 40, "--save-every-samples", 40,
@@ -182,7 +184,7 @@ def test_the_target_loss_ends_the_run(tmp_path):
 
 def test_a_latent_world_with_a_real_text_encoder(tmp_path):
     """The whole path through diffusers and transformers, with tiny models made here."""
-    from test_data_t2i import tiny_t5, tiny_vae
+    from test_encoders import tiny_t5, tiny_vae
 
     text, vae = tiny_t5(tmp_path / "text"), tiny_vae(tmp_path / "vae")
     extra = ["--vae", vae, "--text-encoder", text, "--size", 24, "--samples", 16]
@@ -205,7 +207,9 @@ def test_text_matters(tmp_path):
     )  # fmt: skip
     model = load_model(zero.checkpoints(out / "checkpoints")[-1] / "ema_0.10")
     world, text, n = shapes.World(20, 2, 3, 10), HashText(tokens=12), 512
-    batch = Samples(shapes.Shapes(world, 1), text, seed=1, dropout=0.0).__getitems__(list(range(n)))
+    batch = Samples(Shuffled(shapes.Shapes(world, 1), 1), text, seed=1, dropout=0.0).__getitems__(
+        list(range(n))
+    )
     data, words, _, noise = encode(batch, Pixels(), text, "cpu")
     t = torch.full((n,), 0.8)
     with torch.no_grad():
@@ -230,11 +234,13 @@ def test_the_rate_warms_up_stays_and_cools_down():
     assert rates[90] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("preset", list(train_t2i.RECIPES))
+@pytest.mark.parametrize("preset", list(RECIPES))
 def test_every_recipe_fits_its_network(preset):
     args = train_t2i.build_parser().parse_args(["--preset", preset])
     train_t2i.resolve(args, None)
-    config = train_t2i.model_config(args, HashText(tokens=args.text_tokens), Pixels())
+    config = train_t2i.model_config(
+        args, HashText(tokens=args.text_tokens), Pixels(), [(args.size,) * 2]
+    )
     assert config.patch_values <= config.dim
     assert args.size == config.max_grid * config.patch_size
 
@@ -344,6 +350,6 @@ def test_main_says_it_in_one_line(tmp_path, capsys, monkeypatch):
         train_t2i.main(["--preset", "huge", "--out", str(tmp_path)])
     assert caught.value.code == 1
     assert capsys.readouterr().err.strip() == (
-        "train_t2i.py: --preset 'huge' must be one of " + ", ".join(train_t2i.RECIPES)
+        "train_t2i.py: --preset 'huge' must be one of " + ", ".join(RECIPES)
     )
     assert "RANK" in os.environ
