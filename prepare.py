@@ -354,7 +354,7 @@ def duplicates(vectors: np.ndarray, threshold: float) -> dict[int, tuple[int, fl
         block = vectors[start : start + 1024]
         if index is not None:
             limits, cosines, others = index.range_search(block, threshold)
-            queries = np.repeat(np.arange(len(block)), np.diff(limits))
+            queries = np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64)))
         else:
             products = block @ vectors[: start + len(block)].T
             queries, others = np.nonzero(products >= threshold)

@@ -49,7 +49,7 @@ class Files:
 class Table:
     """A `datasets` table with random access."""
 
-    def __init__(self, table, image: str):
+    def __init__(self, table, image: str | None):
         self.table, self.image, self.columns = table, image, table.column_names
 
     def __len__(self) -> int:
@@ -57,13 +57,13 @@ class Table:
 
     def __getitem__(self, i: int) -> Numbered:
         row = self.table[i]
-        return Numbered(i, f"row {i}", row | {"image": row[self.image]})
+        return Numbered(i, f"row {i}", row | {"image": row.get(self.image)})
 
 
 class Stream:
     """A `datasets` stream: read once from front to back, of unknown length."""
 
-    def __init__(self, stream, image: str, columns: list[str]):
+    def __init__(self, stream, image: str | None, columns: list[str]):
         self.stream, self.image, self.columns = stream, image, columns
 
     def rows(self, part: int, parts: int, seed: int) -> Iterator[Numbered]:
@@ -74,7 +74,7 @@ class Stream:
         for i, row in enumerate(mine):
             number = i * parts + part
             name = row.get("__key__") or f"row {number}"
-            yield Numbered(number, name, row | {"image": row[self.image]})
+            yield Numbered(number, name, row | {"image": row.get(self.image)})
 
 
 Source = Files | Table | Stream

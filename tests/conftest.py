@@ -1,5 +1,6 @@
 """Shared by the tests: the modules one folder up, few threads, and a small labelled folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(2)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test waits for a network
 
 
 @pytest.fixture
