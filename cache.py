@@ -258,7 +258,9 @@ class Stage(threading.Thread):
     FAILED = "failed"
 
     def __init__(self, folder: Path, limit: int, source):
-        """source.uses(seen) → the shards in the order of their use, as Use, without an end."""
+        """source.uses(seen) → the shards in the order of their use, as Use, without an end;
+        source.epoch: samples, and as far as that the stage looks ahead.
+        """
         super().__init__(daemon=True)
         self.folder, self.limit, self.source = folder, limit, source
         self.staged: dict[Path, tuple[int, int]] = {}  # file → bytes, end of its use
@@ -300,7 +302,7 @@ class Stage(threading.Thread):
             (self.folder / self.FAILED).write_text(f"staging failed: {error}")
 
     def _make_room(self, target: Path, use: Use) -> bool:
-        """Wait until the shard fits, dropping what the run has passed. False when closed."""
+        """Wait until it is time and there is room, dropping what is passed. False when closed."""
         with self.moved:
             while not self.closed:
                 for file, (_, last) in list(self.staged.items()):
@@ -308,7 +310,8 @@ class Stage(threading.Thread):
                         file.unlink()
                         del self.staged[file]
                 used = sum(size for size, _ in self.staged.values())
-                if target in self.staged or used + use.shard.bytes <= self.limit:
+                fits = target in self.staged or used + use.shard.bytes <= self.limit
+                if fits and use.first <= self.seen + self.source.epoch:
                     return True
                 self.moved.wait()
         return False

@@ -135,6 +135,7 @@ class Prepared:
                 self.orders.append(Order(rows, window, mix_seed(seed, name, 0)))
                 shares.append(weight * sum(rows) / total)
         self.shares = [share / sum(shares) for share in shares]
+        self.epoch = sum(order.total for order in self.orders)
         self.at = lru_cache(maxsize=4096)(self._at)
 
     def before(self, time: float, stream: int) -> list[int]:

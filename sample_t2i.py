@@ -293,6 +293,8 @@ def launch(args: argparse.Namespace):
         print(f"wrote {args.export[1]}")
         return
     model, text, image, run = painter
+    if args.score and (run.get("data") or "shapes" not in run):
+        raise ValueError(f"--score shapes: {args.run or args.auraflow} was not trained on shapes")
     height, width = latent_size(args.size or run["size"], image.factor)
     options = {
         "text": text, "image": image, "device": device, "batch": args.batch, "progress": True,

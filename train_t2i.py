@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -237,7 +238,8 @@ class Run:
             return functional_call(self.engine.module, weights, (x, t, text))
 
         by_time, scores = self.examiner(model, self.seen)
-        loss = sum(by_time) / len(by_time)
+        asked = [loss for loss in by_time if not isnan(loss)]  # few rows may miss a time
+        loss = sum(asked) / max(1, len(asked))
         row = (self.seen, loss, *by_time, *scores.values())
         self.eval_rows.append(row)
         if self.rank == 0:
@@ -384,6 +386,8 @@ def build_run(args: argparse.Namespace) -> Run:
 def launch(args: argparse.Namespace):
     run = build_run(args)
     train(run)
+    if run.stage is not None:
+        run.stage.close()
     if run.rank == 0:
         run.bar.close()
         state = "stopped" if run.seen < args.samples else "finished"

@@ -105,7 +105,7 @@ def test_every_row_comes_once_with_its_picture_and_captions(tmp_path):
     source = pictures(tmp_path / "source", bad=bad)
     (source / "cut.png").write_bytes((source / "1.png").read_bytes()[:200])
     Image.new("RGB", (9, 9)).save(source / "tiny.png")
-    data = run(source, tmp_path / "data", "--shard-mb", 0.004, "--bad-limit", 0.1)
+    data = run(source, tmp_path / "data", "--shard-mb", 0.004, "--batch", 4, "--bad-limit", 0.1)
     found = rows_of(data)
     assert sorted(found) == list(range(40))
     manifest = data.manifest

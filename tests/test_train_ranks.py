@@ -286,3 +286,47 @@ rf.rf_loss = rf_loss
     skipped = [int(row[5]) for row in rows(out)]
     assert skipped[:7] == [0, 0, 0, 1, 1, 1, 1]
     assert all(torch.isfinite(w).all() for w in load_model(newest(out) / "ema_0.05").parameters())
+
+
+NOTE_ROWS = """
+import data_t2i
+original_fetch = data_t2i.Prepared.fetch
+def fetch(self, position, dropped):
+    cache, shard, row = self.locate(position)
+    number = cache.table(shard).column('row')[row].as_py()
+    with open(os.environ['NOTES'] + os.environ['RANK'], 'a') as file:
+        print(position, shard.height, shard.width, number, file=file)
+    return original_fetch(self, position, dropped)
+data_t2i.Prepared.fetch = fetch
+"""
+
+
+def test_two_ranks_read_the_same_bucket_and_each_row_once_an_epoch(tmp_path):
+    """Three buckets of 16 rows: 48 samples an epoch; stopped in the middle of one, then one rank."""
+    from test_prepare import pictures
+    from test_prepare import run as prepare
+
+    options = ["--shard-mb", "0.004", "--batch", "4", "--validation", "0"]
+    data = prepare(pictures(tmp_path / "source", n=48), tmp_path / "data", *options).location
+    extra, stage = ["--data", data], ["--stage", tmp_path / "stage", "--stage-limit", 0.01]
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    run(alone, ranks=1, hook=EVERY_STEP + NOTE_ROWS, extra=extra)
+    run(out, hook=EVERY_STEP + NOTE_ROWS + stop_after(7), extra=[*extra, *stage])
+    pair = [notes(out, rank) for rank in range(2)]
+    assert len(pair[0]) == len(pair[1]) == 8 * BATCH // 2  # asked in step 7, heard in step 8
+    for a, b in zip(*pair, strict=True):
+        assert a[1:3] == b[1:3] and a[0] // BATCH == b[0] // BATCH  # one step, one bucket
+    run(out, ranks=1, hook=EVERY_STEP + NOTE_ROWS, extra=["--resume", "auto"])
+    seen = sorted([*notes(out, 0), *notes(out, 1)])
+    assert [row[0] for row in seen] == list(range(STEPS * BATCH))
+    assert seen == sorted(notes(alone, 0))
+    assert len({row[1:3] for row in seen}) == 3
+    for epoch in range(STEPS * BATCH // 48):
+        assert sorted(row[3] for row in seen[48 * epoch : 48 * epoch + 48]) == list(range(48))
+    assert (losses(alone) - losses(out)).abs().max() < 1e-3
+
+
+def notes(out, rank):
+    """(position, height, width, row) of every row that a rank read for training."""
+    lines = Path(f"{out}.{rank}").read_text().splitlines()
+    return [tuple(map(int, line.split())) for line in lines]
