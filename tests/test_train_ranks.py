@@ -302,7 +302,7 @@ data_t2i.Prepared.fetch = fetch
 
 
 def test_two_ranks_read_the_same_bucket_and_each_row_once_an_epoch(tmp_path):
-    """Three buckets of 16 rows: 48 samples an epoch; stopped in the middle of one, then one rank."""
+    """Three buckets of 16 rows, 48 samples an epoch; stopped in the middle, then one rank."""
     from test_prepare import pictures
     from test_prepare import run as prepare
 
