@@ -42,6 +42,14 @@ Bucket = tuple[int, int]  # height and width in pixels
 # ------------------------------------------------------------------------------------------------
 
 
+class Ragged(NamedTuple):
+    """The features of B captions without their padding: what travels to the device."""
+
+    values: Tensor  # (ΣL, E) as stored, fp16 or uint8
+    place: Tensor  # (ΣL,) int64: caption · T + token
+    captions: int  # B
+
+
 class TextFormat(NamedTuple):
     """How text features (length, E) lie in a shard. bits: 16 (fp16) or 8; reach: r of 8 bits."""
 
@@ -59,14 +67,25 @@ class TextFormat(NamedTuple):
         scaled = (x.clip(-self.reach, self.reach) / (2 * self.reach) + 0.5) * 255
         return scaled.round().astype(np.uint8).tobytes()
 
-    def unpack(self, blob) -> Tensor:
-        """bytes → (T, E) fp16, zero beyond the caption's end."""
-        x = np.frombuffer(blob, np.float16 if self.bits == 16 else np.uint8).reshape(-1, self.dim)
+    def read(self, blob) -> Tensor:
+        """bytes → (L, E), as stored."""
+        stored = np.frombuffer(blob, np.float16 if self.bits == 16 else np.uint8)
+        return torch.from_numpy(stored.reshape(-1, self.dim).copy())
+
+    def join(self, features: list[Tensor]) -> Ragged:
+        """B times (L, E) as stored → one Ragged."""
+        first = range(0, len(features) * self.tokens, self.tokens)
+        place = [torch.arange(k, k + len(x)) for k, x in zip(first, features, strict=True)]
+        return Ragged(torch.cat(features), torch.cat(place), len(features))
+
+    def expand(self, ragged: Ragged) -> Tensor:
+        """→ (B, T, E) fp32 on the device of the Ragged, zero beyond each caption's end."""
+        values = ragged.values.float()
         if self.bits == 8:
-            x = (x.astype(np.float32) / 255 - 0.5) * (2 * self.reach)
-        features = torch.zeros(self.tokens, self.dim, dtype=torch.float16)
-        features[: len(x)] = torch.from_numpy(x.astype(np.float16))
-        return features
+            values = (values / 255 - 0.5) * (2 * self.reach)
+        flat = values.new_zeros(ragged.captions * self.tokens, self.dim)
+        flat.index_copy_(0, ragged.place, values)
+        return flat.view(ragged.captions, self.tokens, self.dim)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,7 +165,7 @@ class Row(NamedTuple):
 
     image: Tensor
     captions: list[str | None]
-    features: list[Tensor | None]  # (T, E) fp16 each
+    features: list[Tensor | None]  # (L, E) each, as stored
 
 
 class Cache:
@@ -179,7 +198,7 @@ class Cache:
         self.text = TextFormat(**self.manifest["text_format"])
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self.weights = np.array([c["weight"] for c in self.manifest["captions"]], float)
-        self.null_text = self.text.unpack(base64.b64decode(self.manifest["null_text"]))
+        self.null_text = self.text.read(base64.b64decode(self.manifest["null_text"]))  # (L, E)
         self.tables: dict[Shard, object] = {}  # open, memory-mapped
 
     def of(self, split: str) -> dict[Bucket, list[Shard]]:
@@ -219,7 +238,7 @@ class Cache:
         captions = table.column("captions").chunk(0)[row].as_py()
         blobs = table.column("text").chunk(0)[row].values
         features = [
-            self.text.unpack(blobs[i].as_buffer()) if blobs[i].is_valid else None
+            self.text.read(blobs[i].as_buffer()) if blobs[i].is_valid else None
             for i in range(len(captions))
         ]
         return Row(torch.from_numpy(image.copy()), captions, features)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import rf
-from cache import Bucket, Cache, Row, Shard, Use
+from cache import Bucket, Cache, Ragged, Row, Shard, Use
 from data_mnist import mix_seed
 from encoders import Pixels, image_encoder
 
@@ -178,7 +178,7 @@ class Prepared:
         return cache, shards[shard], row
 
     def fetch(self, position: int, dropped: bool) -> tuple[Tensor, Tensor]:
-        """→ image as it is stored, and the features (T, E) fp16 of one of its captions."""
+        """→ image and the features (L, E) of one of its captions, as they are stored."""
         cache, shard, number = self.locate(position)
         row = cache.row(shard, number)
         return row.image, cache.null_text if dropped else self.pick(row, cache, position)
@@ -270,12 +270,12 @@ class KnownText:
     in_workers = True
 
     def __init__(self, cache: Cache):
-        self.name = cache.manifest["text_encoder"]
+        self.name, self.format = cache.manifest["text_encoder"], cache.text
         self.tokens, self.dim = cache.text.tokens, cache.text.dim
         self.known = {"": cache.null_text}
 
     def __call__(self, captions: list[str]) -> Tensor:
-        return torch.stack([self.known[caption] for caption in captions]).float()
+        return self.format.expand(self.format.join([self.known[c] for c in captions]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class Batch(NamedTuple):
     """What the workers make; encode() turns it into what the flow takes."""
 
     images: Tensor  # (B, 3, H, W) uint8, or what a cache stores: (B, 2 or 1, C, h, w) fp16
-    text: Tensor | list[str]  # (B, T, E), or captions still to be encoded; dropped ones empty
+    text: Tensor | Ragged | list[str]  # (B, T, E) fp32; what a cache stores; captions to encode
     t: Tensor  # (B,) fp32
     noise: Tensor  # (B, C, h, w) fp32
     grain: Tensor | None  # (B, C, h, w) fp32, see VAE; None for pixels
@@ -296,11 +296,15 @@ class Batch(NamedTuple):
 def encode(batch: Batch, image, text, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """→ data (B, C, h, w), text (B, T, E), t (B,), noise (B, C, h, w), on the device, fp32."""
     features = text(batch.text) if isinstance(batch.text, list) else batch.text
+    if isinstance(features, Ragged):
+        values, place, captions = features
+        values, place = (x.to(device, non_blocking=True) for x in (values, place))
+        features = text.format.expand(Ragged(values, place, captions))
     images, features, t, noise, grain = (
         x if x is None else x.to(device, non_blocking=True)
         for x in (batch.images, features, batch.t, batch.noise, batch.grain)
     )
-    return image.encode(images, grain), features.float(), t, noise
+    return image.encode(images, grain), features, t, noise
 
 
 class Samples(Dataset):
@@ -313,6 +317,8 @@ class Samples(Dataset):
         self.source, self.seed, self.dropout = source, seed, dropout
         image = image or Pixels()
         self.text = text if text.in_workers else list  # captions travel as they are
+        if isinstance(text, KnownText):
+            self.text = text.format.join
         self.channels, self.factor, self.random = image.channels, image.factor, image.random
         self.distribution, self.shift = distribution, shift
         self.first_u = np.random.default_rng((seed, 1)).random()
@@ -336,9 +342,7 @@ class Samples(Dataset):
         u = (self.first_u + np.array(positions, float) * GOLDEN) % 1
         t = rf.time_at(torch.tensor(u, dtype=torch.float32), self.distribution, self.shift)
         grain = torch.stack(grain) if self.random else None
-        ready = isinstance(captions[0], Tensor)
-        text = torch.stack(captions) if ready else self.text(captions)
-        return Batch(torch.stack(images), text, t, torch.stack(noise), grain)
+        return Batch(torch.stack(images), self.text(captions), t, torch.stack(noise), grain)
 
 
 class RankPositions:
@@ -411,7 +415,7 @@ def show(args: argparse.Namespace):
     for i in range(max(args.rows, args.lengths)):
         shard = shards[rng.choice(len(shards), p=share)]
         row = cache.row(shard, int(rng.integers(shard.rows)))
-        lengths += [int(x.any(1).sum()) for x in row.features if x is not None]
+        lengths += [len(x) for x in row.features if x is not None]
         if i < args.rows:
             x = image.encode(row.image[None].to(getattr(image, "device", "cpu")))
             pictures.append(image.decode(x)[0].cpu())

@@ -221,8 +221,8 @@ class PixelEmbedder:
         return torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
 
 
-def _pretrained(model: str, device, option: str, kind: str):
-    """A transformers model that looks at images, and its processor."""
+def pretrained(model: str, device, option: str, kind: str, processor: str = "AutoProcessor"):
+    """A transformers model of a kind (an Auto class), and its processor. ValueError in one line."""
     try:
         import transformers
     except ImportError as error:
@@ -230,11 +230,11 @@ def _pretrained(model: str, device, option: str, kind: str):
         raise ValueError(reason) from error
     try:
         loaded = getattr(transformers, kind).from_pretrained(model)
-        processor = transformers.AutoProcessor.from_pretrained(model)
+        prepares = getattr(transformers, processor).from_pretrained(model)
     except (OSError, ValueError) as error:  # ValueError: a model of another kind
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{option} {model} could not be loaded: {reason}") from error
-    return loaded.to(device).eval(), processor
+    return loaded.to(device).eval(), prepares
 
 
 class ModelEmbedder:
@@ -242,7 +242,7 @@ class ModelEmbedder:
 
     def __init__(self, model: str, device):
         self.device = device
-        self.model, self.processor = _pretrained(model, device, "--dedup", "AutoModel")
+        self.model, self.processor = pretrained(model, device, "--dedup", "AutoModel")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class Captioner:
 
     def __init__(self, model: str, device):
         self.device = device
-        self.model, self.processor = _pretrained(
+        self.model, self.processor = pretrained(
             model, device, "--recaption", "AutoModelForImageTextToText"
         )
 

@@ -74,13 +74,15 @@ class CacheExam:
         self.samples = Samples(self.held, text, image, seed=seed, dropout=0.0, shift=args.shift)
         buckets = Counter(shard.bucket for _, shard, _ in self.held.rows)
         bucket = buckets.most_common(1)[0][0] if buckets else None
-        self.captions: list[str] = []
-        for position, (_, shard, _) in enumerate(self.held.rows):
-            caption, features = self.held.caption(position)
-            new = caption not in text.known or max(Counter(self.captions).values(), default=0) > 3
-            if shard.bucket == bucket and new and len(self.captions) < COLUMNS * ROWS:
-                self.captions.append(caption)
-                text.known[caption] = features
+        pairs = [
+            self.held.caption(position)
+            for position, (_, shard, _) in enumerate(self.held.rows)
+            if shard.bucket == bucket
+        ]
+        text.known.update(pairs)
+        captions = [caption for caption, _ in pairs]
+        different = list(dict.fromkeys(captions))  # each once, then whatever comes
+        self.captions = (different + captions)[: min(len(captions), COLUMNS * ROWS)]
         self.latent = caches[0].latent(bucket) if bucket else None
         self.shown = list(range(len(self.captions)))
         self.batches, self.t_index = self.held.batches, self.held.t_index

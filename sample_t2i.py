@@ -3,6 +3,7 @@
     python sample_t2i.py runs/shapes "two red circles above a blue square"
     python sample_t2i.py runs/shapes --prompts prompts.txt --gif
     python sample_t2i.py runs/shapes --score shapes --steps 20
+    python sample_t2i.py runs/mine --geneval evaluation_metadata.jsonl --out out/geneval
     python sample_t2i.py --auraflow fal/AuraFlow-v0.3 "a cat reading a newspaper"
     python sample_t2i.py runs/mine --export diffusers out/mine
 
@@ -31,8 +32,17 @@ from auraflow import (
     save_original,
     save_pipeline,
 )  # fmt: skip
+from cache import write_whole
 from data_mnist import mix_seed
-from encoders import VAE, HashText, HuggingFaceText, Pixels, image_encoder, text_encoder
+from encoders import (
+    VAE,
+    HashText,
+    HuggingFaceText,
+    Pixels,
+    image_encoder,
+    pretrained,
+    text_encoder,
+)
 from mmdit import MMDiT, load_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
@@ -43,13 +53,13 @@ AURAFLOW = {"size": 1024, "cfg": 3.5, "steps": 50, "shift": 1.73}
 # ------------------------------------------------------------------------------------------------
 
 
-def fixed_noise(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """(n, *shape) fp32 on the CPU; image i's noise depends on (seed, i) alone."""
+def fixed_noise(n: int, shape: tuple[int, ...], seed: int, first: int = 0) -> Tensor:
+    """(n, *shape) fp32 on the CPU; image i ≥ first has a noise of (seed, i) alone."""
     generator = torch.Generator()
     return torch.stack(
         [
             torch.randn(shape, generator=generator.manual_seed(mix_seed(seed, "picture", i)))
-            for i in range(n)
+            for i in range(first, first + n)
         ]
     )
 
@@ -207,6 +217,104 @@ def export(painter: Painter, naming: str, out: Path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Prompts rewritten, and GenEval's folders
+# ------------------------------------------------------------------------------------------------
+
+
+class Enhancer:
+    """A local instruction model that writes prompts out, as AuraFlow's release does with its own.
+
+    Models like the long captions they were trained on. Greedy: a prompt is always rewritten alike.
+    """
+
+    ASK = (
+        "Rewrite this prompt for an image generator as one detailed sentence. Keep every object,"
+        " number, colour and position it names. Answer with the sentence alone."
+    )
+
+    def __init__(self, name: str, device):
+        self.device = device
+        self.model, self.tokenizer = pretrained(
+            name, device, "--enhance", "AutoModelForCausalLM", "AutoTokenizer"
+        )
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> str:
+        asked = f"{self.ASK}\n\n{prompt}"
+        if self.tokenizer.chat_template:
+            turn = [{"role": "user", "content": asked}]
+            asked = self.tokenizer.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=False
+            )
+        inputs = self.tokenizer(asked, return_tensors="pt").to(self.device)
+        tokens = self.model.generate(
+            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=128,
+            do_sample=False, pad_token_id=self.tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+        said = self.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], True)
+        return " ".join(said.split()) or prompt
+
+
+def enhance(prompts: list[str], name: str | None, device) -> list[str]:
+    """The prompts, rewritten by the model `name` if there is one."""
+    if name is None:
+        return prompts
+    enhancer = Enhancer(name, device)
+    return [enhancer(prompt) for prompt in tqdm(prompts, unit="prompt", desc="rewriting")]
+
+
+def read_metadata(path: Path) -> list[dict]:
+    """GenEval's evaluation_metadata.jsonl: an object with a prompt on each line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--geneval {path} is not there: give evaluation_metadata.jsonl")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except ValueError as error:
+        raise ValueError(f"--geneval {path} is not JSON lines: {error}") from error
+    wrong = next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), 0)
+    if wrong or not rows:
+        raise ValueError(f"--geneval {path}: line {wrong or 1} has no prompt")
+    return rows
+
+
+def geneval(painter: "Painter", rows: list[dict], prompts: list[str], out: Path, images: int,
+            seed: int, size: tuple[int, int], options: dict):  # fmt: skip
+    """The evaluator's layout: out/00000/metadata.jsonl and samples/0000.png …, a folder a prompt.
+
+    What is there already is not drawn again; an image's noise depends on (seed, its place) alone.
+    """
+    from torchvision.io import encode_png
+
+    told = {key: options[key] for key in ("cfg", "steps", "shift", "solver")}
+    told |= {"seed": seed, "size": list(size), "images": images}
+    begun = out / "settings.json"
+    if begun.exists() and json.loads(begun.read_text()) != told:
+        raise ValueError(f"--out {out} was begun with {begun.read_text()}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(begun, json.dumps(told).encode())
+    noise_shape = (painter.image.channels, *size)
+    missing = []
+    for k, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        folder = out / f"{k:05d}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode())
+        if prompt != row["prompt"]:
+            write_whole(folder / "enhanced.txt", prompt.encode())
+        files = [folder / "samples" / f"{i:04d}.png" for i in range(images)]
+        missing += [(f, k * images + i) for i, f in enumerate(files) if not f.exists()]
+    batch = options.pop("batch")
+    bar = tqdm(total=len(rows) * images, initial=len(rows) * images - len(missing), unit="image")
+    with bar:
+        for some in (missing[i : i + batch] for i in range(0, len(missing), batch)):
+            captions = [prompts[number // images] for _, number in some]
+            noise = torch.cat([fixed_noise(1, noise_shape, seed, first=n) for _, n in some])
+            pictures = draw(painter.model, captions, noise, batch=batch, **options)
+            for (file, _), picture in zip(some, pictures, strict=True):
+                write_whole(file, encode_png(picture).numpy().tobytes())
+            bar.update(len(some))
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
 
@@ -219,11 +327,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", nargs="?", metavar="RUN", help="folder of a run, a checkpoint, or exported weights")
     add("prompt", nargs="*", help="one or more prompts, in quotes")
     add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
-    add(
-        "--auraflow",
-        metavar="NAME",
-        help="AuraFlow's pipeline, a folder or hub name, for RUN",
-    )
+    add("--auraflow", metavar="NAME", help="AuraFlow's pipeline, folder or hub name, for RUN")
+    add("--enhance", metavar="MODEL", help="rewrite prompts with a local instruction model")
+    add("--geneval", type=Path, metavar="METADATA.jsonl",
+        help="draw GenEval's prompts into --out, a folder in the evaluator's layout")  # fmt: skip
     add("--export", nargs=2, metavar=("FORMAT", "OUT"),
         help="write: diffusers (a folder) or auraflow (one file, original keys)")  # fmt: skip
     add("--score", choices=["shapes"], help="score held-out prompts instead of drawing given ones")
@@ -270,9 +377,8 @@ def latent_size(size: int | str, factor: int) -> tuple[int, int]:
     return int(sides[0]) // factor, int(sides[-1]) // factor
 
 
-def launch(args: argparse.Namespace):
-    from train_mnist import choose_device, save_gif
-
+def check(args: argparse.Namespace):
+    """Reject what cannot work before anything is loaded."""
     for key in ("steps", "images", "per_tag", "batch"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
@@ -282,8 +388,19 @@ def launch(args: argparse.Namespace):
         raise ValueError(f"--export {args.export[0]!r} must be diffusers or auraflow")
     if not (args.run or args.auraflow):
         raise ValueError("no RUN given: the folder of a run, or --auraflow NAME")
-    captions = None if args.score or args.export else read_prompts(args)
+    if args.geneval and args.out.suffix:
+        raise ValueError(f"--geneval writes many files: give a folder as --out, not {args.out}")
+
+
+def launch(args: argparse.Namespace):
+    from train_mnist import choose_device
+
+    check(args)
     device = choose_device(args.device)
+    rows = read_metadata(args.geneval) if args.geneval else []
+    prompts = [row["prompt"] for row in rows]
+    if not (args.geneval or args.score or args.export):
+        prompts = read_prompts(args)
     if args.auraflow:
         painter = Painter.of_auraflow(args.auraflow, device)
     else:
@@ -292,37 +409,57 @@ def launch(args: argparse.Namespace):
         export(painter, args.export[0], Path(args.export[1]))
         print(f"wrote {args.export[1]}")
         return
-    model, text, image, run = painter
+    _, text, image, run = painter
     if args.score and (run.get("data") or "shapes" not in run):
         raise ValueError(f"--score shapes: {args.run or args.auraflow} was not trained on shapes")
-    height, width = latent_size(args.size or run["size"], image.factor)
+    size = latent_size(args.size or run["size"], image.factor)
     options = {
-        "text": text, "image": image, "device": device, "batch": args.batch, "progress": True,
-        "solver": args.solver,
+        "text": text, "image": image, "device": device, "batch": args.batch, "solver": args.solver,
     } | {
         key: run[key] if getattr(args, key) is None else getattr(args, key)
         for key in ("cfg", "steps", "shift")
     }  # fmt: skip
+    rewritten = enhance(prompts, args.enhance, device)
     if args.score:
-        world = shapes.World(run["size"], run["shapes"], run["colors"], run["places"])
-        prompts = shapes_prompts(world, args.per_tag)
-        noise = fixed_noise(len(prompts), (image.channels, height, width), args.seed)
-        pictures = draw(model, [caption for _, caption in prompts], noise, **options)
-        for tag, score in scores(prompts, obeyed(pictures, prompts)).items():
-            print(f"{tag:14} {score:.3f}")
-        shown = [t * args.per_tag + i for i in range(min(4, args.per_tag)) for t in range(6)]
-        captioned_grid(pictures[shown], [prompts[i][1] for i in shown], args.out)
+        score(painter, args, size, options)
+    elif args.geneval:
+        geneval(painter, rows, rewritten, args.out, args.images, args.seed, size, options)
     else:
-        each = [caption for caption in captions for _ in range(args.images)]
-        noise = fixed_noise(len(each), (image.channels, height, width), args.seed)
-        if args.gif:
-            frames = draw(model, each, noise, return_trajectory=True, **options)
-            save_gif(frames.float() / 127.5 - 1, args.images, args.out.with_suffix(".gif"))
-            pictures = frames[-1]
-        else:
-            pictures = draw(model, each, noise, **options)
-        captioned_grid(pictures, each, args.out, columns=args.images)
+        paint(painter, args, rewritten, size, options)
+        if args.enhance:
+            pairs = zip(prompts, rewritten, strict=True)
+            text = json.dumps([{"prompt": a, "enhanced": b} for a, b in pairs], indent=1)
+            write_whole(args.out.with_suffix(".json"), text.encode())
     print(f"wrote {args.out}")
+
+
+def score(painter: Painter, args: argparse.Namespace, size: tuple[int, int], options: dict):
+    """The six scores, printed, and a grid of the first pictures of each tag."""
+    run, image = painter.settings, painter.image
+    world = shapes.World(run["size"], run["shapes"], run["colors"], run["places"])
+    prompts = shapes_prompts(world, args.per_tag)
+    captions = [caption for _, caption in prompts]
+    noise = fixed_noise(len(prompts), (image.channels, *size), args.seed)
+    pictures = draw(painter.model, captions, noise, progress=True, **options)
+    for tag, value in scores(prompts, obeyed(pictures, prompts)).items():
+        print(f"{tag:14} {value:.3f}")
+    shown = [t * args.per_tag + i for i in range(min(4, args.per_tag)) for t in range(6)]
+    captioned_grid(pictures[shown], [captions[i] for i in shown], args.out)
+
+
+def paint(painter: Painter, args, captions: list[str], size: tuple[int, int], options: dict):
+    """--images pictures of each caption, as a grid, and the way to them as a GIF."""
+    from train_mnist import save_gif
+
+    each = [caption for caption in captions for _ in range(args.images)]
+    noise = fixed_noise(len(each), (painter.image.channels, *size), args.seed)
+    pictures = draw(
+        painter.model, each, noise, progress=True, return_trajectory=args.gif, **options
+    )
+    if args.gif:
+        save_gif(pictures.float() / 127.5 - 1, args.images, args.out.with_suffix(".gif"))
+        pictures = pictures[-1]
+    captioned_grid(pictures, each, args.out, columns=args.images)
 
 
 def main(argv: list[str] | None = None):

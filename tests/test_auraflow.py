@@ -1,17 +1,22 @@
 """auraflow.py against diffusers' own class: weights and outputs, both ways, and what is refused."""
 
+import os
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from safetensors.torch import load_file, save_file
 from test_encoders import tiny_t5, tiny_vae
 
 import auraflow
 import sample_t2i
-from encoders import VAE, HuggingFaceText
+from encoders import VAE, HuggingFaceText, Pixels
 from mmdit import MMDiT, MMDiTConfig, save_model
 
 SMALL = MMDiTConfig(
@@ -239,3 +244,44 @@ def test_the_trainers_auraflow_residual_can_be_exported():
         auraflow.check(
             train_t2i.model_config(args, HashText(tokens=12), Pixels(), [(args.size, args.size)])
         )
+
+
+@torch.no_grad()
+def drawn_by_diffusers(folder, captions, noise, text, cfg, steps, shift):
+    """Their network, their scheduler, and guidance as their pipeline does it."""
+    network = AuraFlowTransformer2DModel.from_pretrained(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    features = torch.cat([text([""]).expand(len(captions), -1, -1), text(captions)])
+    x = noise
+    for t in scheduler.timesteps:
+        time = (t / 1000).expand(2 * len(captions))
+        v = network(torch.cat([x, x]), features, timestep=time).sample
+        empty, right = v.chunk(2)
+        x = scheduler.step(empty + cfg * (right - empty), t, x).prev_sample
+    return Pixels().decode(x)
+
+
+@pytest.mark.slow
+def test_a_trained_model_draws_the_same_in_diffusers(tmp_path):
+    """AURAFLOW_SAMPLES=100000 trains for minutes instead of seconds."""
+    from test_train_t2i import train
+
+    samples = int(os.environ.get("AURAFLOW_SAMPLES", 6400))
+    out = train(
+        tmp_path / "run", "--residual", "auraflow", "--samples", samples, "--batch-size", 64,
+        "--eval-every-samples", samples, "--save-every-samples", samples, "--lr", 2e-3,
+    )  # fmt: skip
+    sample_t2i.main([str(out), "--export", "diffusers", str(tmp_path / "out")])
+    painter = sample_t2i.Painter.of_run(out, torch.device("cpu"))
+    captions = ["a red circle", "a blue square above a green triangle", "two yellow squares"] * 4
+    noise = sample_t2i.fixed_noise(len(captions), (3, 20, 20), seed=0)
+    options = {"cfg": 3.0, "steps": 20, "shift": 2.0}
+    mine = sample_t2i.draw(
+        painter.model, captions, noise, text=painter.text, image=painter.image, **options
+    )
+    theirs = drawn_by_diffusers(tmp_path / "out", captions, noise, painter.text, **options)
+    assert mine.float().std() > 10
+    difference = (mine.int() - theirs.int()).abs().max().item()
+    print(f"largest difference {difference} of 255 after {samples} samples")
+    assert difference < 2

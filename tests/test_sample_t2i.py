@@ -143,6 +143,106 @@ def test_the_score_is_printed_for_each_tag(weights, tmp_path, capsys):
     assert all(tag in said for tag in (*shapes.TAGS, "mean")) and out.exists()
 
 
+METADATA = [
+    {"tag": "two_object", "include": [{"class": "ring", "count": 1}], "prompt": "a ring, a star"},
+    {"tag": "colors", "include": [{"class": "star", "color": "red"}], "prompt": "a red star"},
+    {"tag": "counting", "include": [{"class": "circle", "count": 3}], "prompt": "three circles"},
+]
+
+
+def test_geneval_gets_its_folders_and_goes_on_where_it_stopped(weights, tmp_path, monkeypatch):
+    metadata, out = tmp_path / "metadata.jsonl", tmp_path / "geneval"
+    metadata.write_text("\n".join(map(json.dumps, METADATA)))
+    drawn, original = [], sample_t2i.draw
+
+    def counted(model, captions, *rest, **options):
+        drawn.extend(captions)
+        return original(model, captions, *rest, **options)
+
+    monkeypatch.setattr(sample_t2i, "draw", counted)
+    options = ["--geneval", metadata, "--steps", 1, "--batch", 5]
+    main(weights, *options, "--out", out)
+    files = sorted(p.relative_to(out) for p in out.rglob("*.png"))
+    assert [str(f) for f in files] == [
+        f"{k:05d}/samples/{i:04d}.png" for k in range(3) for i in range(4)
+    ]
+    for k, row in enumerate(METADATA):  # as the evaluator reads it
+        assert json.loads((out / f"{k:05d}" / "metadata.jsonl").read_text()) == row
+    assert drawn == [row["prompt"] for row in METADATA for _ in range(4)]
+    before = {f: (out / f).read_bytes() for f in files}
+    assert len(set(before.values())) == 12
+    for f in (files[2], files[9]):
+        (out / f).unlink()
+    drawn.clear()
+    main(weights, *options, "--out", out)
+    assert drawn == ["a ring, a star", "three circles"]
+    assert {f: (out / f).read_bytes() for f in files} == before
+    with pytest.raises(SystemExit, match="was begun with"):
+        main(weights, *options, "--out", out, "--seed", 1)
+
+
+def tiny_chat(folder, template):
+    """A random Llama of one layer that knows eight words; its folder."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "ring", "with", "stars"]
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    if template:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} a{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_prompts_are_rewritten_and_both_are_kept(weights, tmp_path, template):
+    model, out = tiny_chat(tmp_path / "chat", template), tmp_path / "out.png"
+    main(weights, "a ring", "--enhance", model, "--steps", 1, "--images", 1, "--out", out)
+    (pair,) = json.loads(out.with_suffix(".json").read_text())
+    assert pair["prompt"] == "a ring" and pair["enhanced"] not in ("", "a ring")
+    plain = tmp_path / "plain.png"
+    main(weights, pair["enhanced"], "--steps", 1, "--images", 1, "--out", plain)
+    assert plain.read_bytes() == out.read_bytes()  # the rewritten one was drawn
+    assert sample_t2i.Enhancer.ASK not in pair["enhanced"]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text(json.dumps(METADATA[1]))
+    options = ["--geneval", metadata, "--enhance", model, "--steps", 1, "--images", 1]
+    main(weights, *options, "--out", tmp_path / "geneval")
+    folder = tmp_path / "geneval" / "00000"
+    assert json.loads((folder / "metadata.jsonl").read_text()) == METADATA[1]
+    assert (folder / "enhanced.txt").read_text()
+
+
+def test_wrong_metadata_and_missing_models_say_so(weights, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"tag": "colors"}')
+    (tmp_path / "half.jsonl").write_text('{"prompt"')
+    out = ["--out", tmp_path / "out"]
+    for args, reason in (
+        (["--geneval", tmp_path / "none.jsonl", *out], "is not there"),
+        (["--geneval", tmp_path / "bad.jsonl", *out], "line 2 has no prompt"),
+        (["--geneval", tmp_path / "half.jsonl", *out], "is not JSON lines"),
+        (["--geneval", tmp_path / "bad.jsonl"], "give a folder as --out, not out.png"),
+        (["a ring", "--enhance", tmp_path], f"--enhance {tmp_path} could not be loaded"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(weights, *args)
+        assert reason in caught.value.code and "\n" not in caught.value.code
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(SystemExit, match="pip install transformers"):
+        main(weights, "a ring", "--enhance", "some/model")
+
+
 @pytest.mark.parametrize(
     "args, match",
     [
