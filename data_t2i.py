@@ -447,7 +447,8 @@ def add_prepare_options(parser: argparse.ArgumentParser):
     add("--caption", action="append", metavar="COLUMN[:WEIGHT]", default=[],
         help="a caption column; of several one is drawn, by weight (default: text …)")  # fmt: skip
     add("--label", metavar="COLUMN", help="a column of class labels, for captions")
-    add("--label-template", default="a photo of a {}", help="(default: 'a photo of a {}')")
+    add("--label-template", default="a photo of {a}",
+        help="{}: the name, {a}: with a or an (default: 'a photo of {a}')")  # fmt: skip
     add("--recaption", metavar="MODEL", help="also write captions with an image-to-text model")
     add("--recaption-weight", type=float, default=1.0, help="of these captions (default: 1)")
     group = parser.add_argument_group("encoders")

@@ -452,6 +452,8 @@ class MMDiT(nn.Module):
 
         kwargs go to torch.compile; shapes are static and graph breaks are errors.
         """
+        # One compilation a bucket, with and without gradients: torch gives up after 8 by default.
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(fullgraph=True, dynamic=False, **kwargs)
 

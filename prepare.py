@@ -113,8 +113,10 @@ class Reader(NamedTuple):
         value = value_of(row, column)
         value = value() if callable(value) else value
         if column == self.label and value is not None:
-            name = self.names[value] if self.names else str(value)
-            return self.template.format(name.replace("_", " "))
+            name = (self.names[value] if self.names else str(value)).replace("_", " ")
+            return self.template.format(
+                name, a=f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+            )
         if value is not None and not isinstance(value, str):
             raise ValueError(f"caption column {column} holds {value!r}, must be text")
         return value.strip() or None if value else None

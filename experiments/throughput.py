@@ -1,5 +1,6 @@
 """How fast, measured side by side in one run.
 
+    python experiments/throughput.py model       a training step, ours against diffusers'
     python experiments/throughput.py data        rows/s of the loader against what training takes
 
 Every number is a median over repeats after a warm-up, with its spread; ratios are of numbers from
@@ -14,18 +15,22 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import rf
+from auraflow import to_diffusers_config, to_theirs
 from cache import SCHEMA, Cache, TextFormat, write_shard
 from data_t2i import KnownText, Prepared, Samples, loader
-from mmdit import PRESETS, MMDiT
+from mmdit import PRESETS, MMDiT, MMDiTConfig
 from report_t2i import PEAK_TFLOPS
 
 MFU = 0.55  # share of the peak that a training step is taken to reach: the demand, not a claim
@@ -70,6 +75,184 @@ def _text(value) -> str:
     return f"{value:,.3g}" if isinstance(value, float) and value < 100 else (
         f"{value:,.0f}" if isinstance(value, float) else str(value)
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Timing
+# ------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(steps: dict[str, Callable], device: torch.device, repeats: int, inner: int = 1):
+    """name → seconds of each repeat. The variants take turns, so that a slow moment meets all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 2):  # two rounds of warm-up
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(inner):
+                step()
+            synchronize(device)
+            if repeat >= 2:
+                seconds[name].append((time.perf_counter() - start) / inner)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return float(np.median(values))
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance of the quartiles, over the median."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float((high - low) / 2 / np.median(values))
+
+
+def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
+    """A plain matrix product, and its FLOPs: the ceiling that everything else is held against."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+# ------------------------------------------------------------------------------------------------
+# model: a training step, ours against diffusers'
+# ------------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    config: MMDiTConfig
+    batch: int
+    side: int  # of the square latent
+    tokens: int  # of text
+
+
+def aura(**changes) -> MMDiTConfig:
+    return replace(PRESETS["auraflow-6.8b"], **changes)
+
+
+SIZES = {
+    "cpu": Size(aura(dim=384, head_dim=64, n_layers=8, n_double_layers=2, text_dim=512), 4, 32, 64),
+    "digits": Size(PRESETS["digits"], batch=256, side=28, tokens=1),
+    "0.2b": Size(aura(dim=768, n_layers=16, n_double_layers=2), 64, 32, 64),
+    "1b": Size(aura(dim=1536, n_layers=20, n_double_layers=3), 32, 32, 64),
+    "aura-width": Size(aura(n_layers=8, n_double_layers=1), 32, 32, 64),
+    "aura-width-512": Size(aura(n_layers=8, n_double_layers=1), 8, 64, 256),
+}  # fmt: skip
+
+
+class Theirs(torch.nn.Module):
+    """diffusers' AuraFlow behind our signature, with our weights."""
+
+    def __init__(self, model: MMDiT):
+        from diffusers import AuraFlowTransformer2DModel
+
+        super().__init__()
+        self.network = AuraFlowTransformer2DModel(**to_diffusers_config(model.config))
+        state = to_theirs(model.state_dict(), model.config, "diffusers")
+        self.network.load_state_dict(state)
+
+    def forward(self, x, t, text):
+        return self.network(x.to(self.network.dtype), text, timestep=t, return_dict=False)[0]
+
+
+def step_of(network: torch.nn.Module, size: Size, device: torch.device) -> Callable:
+    """A whole training step on one fixed batch: loss, gradients, AdamW."""
+    config = size.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.batch, config.in_channels, size.side, size.side)
+    data, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    text = torch.randn(size.batch, size.tokens, config.text_dim, generator=generator).to(device)
+    text = text.to(next(network.parameters()).dtype)
+    t = torch.rand(size.batch, generator=generator).to(device)
+    adamw = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+
+    def step():
+        loss = rf.rf_loss(network, data, text, t=t, noise=noise).mean()
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def graphed(step: Callable) -> Callable:
+    """The whole step as one CUDA graph: no kernel is launched from Python any more."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def variants(size: Size, device: torch.device, dtype: torch.dtype, names: list[str]):
+    """name → a training step, all from the same weights."""
+    torch.manual_seed(0)
+    first = MMDiT(size.config)
+    steps = {}
+    for name in names:
+        whose, *how = name.split()
+        network = MMDiT(size.config) if whose == "ours" else Theirs(first)
+        if whose == "ours":
+            network.load_state_dict(first.state_dict())
+        network.to(device, dtype)
+        if "compiled" in how and whose == "ours":
+            network.compile_blocks()
+        elif "compiled" in how:
+            network.network = torch.compile(network.network)
+        steps[name] = step_of(network, size, device)
+        if "graph" in how:
+            steps[name] = graphed(steps[name])
+    return steps
+
+
+def model(args: argparse.Namespace):
+    """A training step (loss, gradients, AdamW), ours and diffusers', against a plain product."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = ["ours", "ours compiled", "diffusers", "diffusers compiled"]
+    rows = []
+    for size_name in args.sizes or (["cpu"] if device.type == "cpu" else list(SIZES)[2:]):
+        size = SIZES[size_name]
+        mine = [n for n in names if size.config.residual == "auraflow" or n[:4] == "ours"]
+        steps = variants(size, device, dtype, mine)
+        if device.type == "cuda":
+            steps |= variants(size, device, dtype, ["ours compiled graph"])
+        multiply, product_flops = product(device, dtype)
+        seconds = interleaved(steps | {"plain product": multiply}, device, args.repeats)
+        with torch.device("meta"):
+            counted = MMDiT(size.config)
+        flops = 3 * size.batch * counted.flops_per_image(size.side, size.side, size.tokens)
+        ceiling = product_flops / median(seconds["plain product"])
+        for name, taken in seconds.items():
+            rate = (product_flops if name == "plain product" else flops) / median(taken)
+            images = size.batch / median(taken) if name in steps else float("nan")
+            rows.append(
+                {"size": size_name, "variant": name, "ms": 1e3 * median(taken),
+                 "spread": spread(taken), "images_per_s": images, "tflops": rate / 1e12,
+                 "of_ceiling": rate / ceiling, "over_ours": median(taken) / median(seconds["ours"]),
+                 "peak_gib": peak_memory(steps.get(name), device)}
+            )  # fmt: skip
+    report(rows, args.out / "model.csv")
+
+
+def peak_memory(step: Callable | None, device: torch.device) -> float:
+    """GiB that the step needs at most, the other variants' weights included; NaN on a CPU."""
+    if step is None or device.type != "cuda":
+        return float("nan")
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,8 +364,11 @@ def main(argv: list[str] | None = None):
     part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
     part.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder")
+    part = commands.add_parser("model", help=model.__doc__)
+    part.add_argument("--sizes", nargs="+", choices=list(SIZES), help="(default: the device's)")
+    part.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
     args = parser.parse_args(argv)
-    {"data": data}[args.command](args)
+    {"data": data, "model": model}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_encoders import tiny_t5, tiny_vae
 
 import auraflow
+import rf
 import sample_t2i
 from encoders import VAE, HuggingFaceText, Pixels
 from mmdit import MMDiT, MMDiTConfig, save_model
@@ -75,6 +76,33 @@ def test_outputs_equal_diffusers_both_ways(tmp_path, name, size):
     auraflow.save_diffusers(mine, tmp_path / "mine")
     opened = AuraFlowTransformer2DModel.from_pretrained(tmp_path / "mine")
     assert difference(mine, opened, *size) < 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_diffusers(tmp_path, name):
+    """Through the loss that trains: every weight's gradient, theirs renamed into ours."""
+    config = CONFIGS[name]
+    mine, reference = ours(config), theirs(config)
+    state = auraflow.to_theirs(mine.state_dict(), config, "diffusers")
+    reference.load_state_dict(state)
+    data, noise = torch.randn(2, 3, config.in_channels, 8, 12)
+    t, text = torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 7, config.text_dim)
+
+    def call(x, t, text):
+        return reference(x, text, timestep=t, return_dict=False)[0]
+
+    for network in (mine, call):
+        rf.rf_loss(network, data, text, t=t, noise=noise).mean().backward()
+    found = {key: p.grad for key, p in reference.named_parameters()}
+    missing = {key for key, grad in found.items() if grad is None}
+    assert all("add_q_proj" in key or "context" in key or "to_add_out" in key for key in missing)
+    found = {k: torch.zeros_like(reference.get_parameter(k)) if k in missing else g
+             for k, g in found.items()}  # fmt: skip
+    found |= {key: torch.zeros_like(v) for key, v in state.items() if key not in found}
+    expected = auraflow.from_theirs(found.__getitem__, set(found), config, "diffusers")
+    for key, p in mine.named_parameters():
+        scale = expected[key].abs().max() + 1e-6
+        assert (p.grad - expected[key]).abs().max() < 1e-4 * scale + 1e-7, key
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -340,6 +340,34 @@ def test_compiling_blocks_keeps_keys_and_output():
     assert list(model.state_dict()) == keys
 
 
+def test_nothing_is_compiled_again_after_every_bucket_was_seen():
+    """More buckets than torch's default limit of 8, with and without gradients; captions differ
+    in length but are padded to one."""
+    torch._dynamo.reset()
+    model = awake(replace(SMALL, max_grid=14))
+    model.compile_blocks(backend="aot_eager")
+    patch = model.config.patch_size
+    buckets = [
+        (rows * patch, columns * patch)
+        for rows, columns in zip(range(2, 11), range(11, 2, -1), strict=True)
+    ]
+
+    def through_all(length):
+        for H, W in buckets:
+            x, t, text = inputs(model.config, H=H, W=W)
+            text[:, length:] = 0
+            model(x, t, text).sum().backward()
+            with torch.no_grad():
+                model(x, t, text)
+
+    through_all(3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        through_all(5)
+        with pytest.raises(RuntimeError, match="recompile"):  # it would be noticed
+            x, t, text = inputs(model.config, H=patch, W=patch)
+            model(x, t, text)
+
+
 # --- configuration -------------------------------------------------------------------------------
 
 

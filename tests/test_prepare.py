@@ -255,12 +255,14 @@ def test_several_caption_columns_with_weights(tmp_path):
 def test_labels_become_captions(tmp_path):
     from test_sources import folder, parquet
 
-    options = ["--label", "label", "--label-template", "a {} here", "--max-upscale", "9"]
+    options = ["--label", "label", "--label-template", "{a} is {} here", "--max-upscale", "9"]
     data = run(parquet(tmp_path / "parquet"), tmp_path / "a", *options)
-    assert {row.captions[0] for *_, row in rows_of(data).values()} == {"a cat here", "a dog here"}
+    assert {row.captions[0] for *_, row in rows_of(data).values()} == {
+        "a cat is cat here", "an otter is otter here",
+    }  # fmt: skip
     data = run(folder(tmp_path / "folder"), tmp_path / "b", *options)
     assert {r.captions[0] for *_, r in rows_of(data).values()} == {
-        "a class 0 here", "a class 1 here",
+        "a class 0 is class 0 here", "a class 1 is class 1 here",
     }  # fmt: skip
 
 
