@@ -465,6 +465,12 @@ def check(args) -> tuple[int, int]:
             raise ValueError(f"--{key.replace('_', '-')} {value} must be above 0")
     if args.text_bits not in (8, 16):
         raise ValueError(f"--text-bits {args.text_bits} must be 8 or 16")
+    try:
+        args.label_template.format("x", a="an x")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"--label-template {args.label_template!r} may use {{}} and {{a}}"
+        ) from error
     part, slash, parts = args.part.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise ValueError(f"--part {args.part} must be i/n with 0 ≤ i < n, such as 0/2 and 1/2")

@@ -389,6 +389,7 @@ def test_missing_libraries_and_wrong_options_say_so(tmp_path, monkeypatch, capsy
         (["--caption", "title"], "has no caption column title; there are: other, text"),
         (["--caption", "text:much"], "'much' must be a number"),
         (["--part", "2/2"], "--part 2/2 must be i/n"), (["--text-bits", 4], "must be 8 or 16"),
+        (["--label-template", "a {b}"], "may use {} and {a}"),
         (["--size", 2], "--size 2 must be at least 4"), (["--batch", 0], "must be above 0"),
         (["--latent", "z"], "no such column; there are: other, text"),
     ):  # fmt: skip
