@@ -18,12 +18,14 @@ stream format: `datasets.Dataset.from_file(shard)` opens it too.
 """
 
 import base64
+import fcntl
 import json
 import os
 import threading
 import time
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,10 +247,13 @@ class Cache:
 
 
 def wait_for(path: Path, failed: Path):
-    """Until the stage has brought the file. OSError if it says that it cannot."""
+    """Until the stage has brought the file. OSError if it says that it cannot, or the run died."""
+    parent = os.getppid()
     while not path.exists():
         if failed.exists():
-            raise OSError(failed.read_text())
+            raise OSError(failed.read_text() or "the stage failed")
+        if os.getppid() != parent:
+            raise OSError("the run has died")
         time.sleep(0.02)
 
 
@@ -271,10 +276,11 @@ class Stage(threading.Thread):
     and drops them when the run has passed them. One on each node; ranks only wait for files.
 
     A copy is checked by length and CRC-32 and made again if it differs. What an earlier run left in
-    the folder is thrown away: it may have been cut off.
+    the folder is thrown away: it may have been cut off. So the folder must be the stage's own, and
+    one run's: claim() sees to that.
     """
 
-    FAILED = "failed"
+    FAILED, OWN = "failed", "t2i-stage"  # OWN: the folder's name below --stage
 
     def __init__(self, folder: Path, limit: int, source):
         """source.uses(seen) → the shards in the order of their use, as Use, without an end;
@@ -286,10 +292,17 @@ class Stage(threading.Thread):
         self.seen, self.moved, self.closed = 0, threading.Condition(), False
 
     @staticmethod
-    def clear(folder: Path):
+    def claim(folder: Path):
+        """Empty the folder, for this process alone as long as it holds what is returned."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")  # held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"--stage {folder.parent} is in use: give each run its own") from error
         for file in (*folder.rglob("*.arrow"), *folder.rglob(".*.copy"), folder / Stage.FAILED):
             file.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        return lock
 
     def begin(self, seen: int):
         self.seen = seen
@@ -302,10 +315,18 @@ class Stage(threading.Thread):
             self.moved.notify()
 
     def close(self):
+        """Stop, and let no reader wait any longer."""
         with self.moved:
             self.closed = True
             self.moved.notify()
-        self.join()
+        if self.is_alive():
+            self.join()
+        self._tell("the run has ended")
+
+    def _tell(self, reason: str):
+        with suppress(OSError):  # a full disk, say: an empty file is heard too
+            (self.folder / self.FAILED).touch()
+            write_whole(self.folder / self.FAILED, reason.encode())
 
     def run(self):
         try:
@@ -318,7 +339,7 @@ class Stage(threading.Thread):
                 _, last = self.staged.get(target, (0, 0))
                 self.staged[target] = (use.shard.bytes, max(last, use.last))
         except Exception as error:  # of a dozen file systems: the ranks that wait must hear of it
-            (self.folder / self.FAILED).write_text(f"staging failed: {error}")
+            self._tell(f"staging failed: {error}")
 
     def _make_room(self, target: Path, use: Use) -> bool:
         """Wait until it is time and there is room, dropping what is passed. False when closed."""
@@ -342,28 +363,36 @@ def fetch(cache: Cache, shard: Shard, target: Path):
 
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.copy")
-    for _ in range(COPY_TRIES):
-        size = crc = 0
-        source = fsspec.open(f"{cache.location}/{shard.file}", "rb")
-        with source as reader, open(temporary, "wb") as writer:
-            for chunk in iter(lambda reader=reader: reader.read(CHUNK), b""):
-                writer.write(chunk)
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        if (size, crc) == (shard.bytes, shard.crc32):
-            os.replace(temporary, target)
-            return
-    temporary.unlink()
-    raise OSError(
-        f"{cache.location}/{shard.file} arrives with {size} bytes and CRC {crc:08x}, must have"
-        f" {shard.bytes} and {shard.crc32:08x}: prepare this part again"
-    )
+    try:
+        for tries_left in reversed(range(COPY_TRIES)):
+            size = crc = 0
+            source = fsspec.open(f"{cache.location}/{shard.file}", "rb")
+            try:
+                with source as reader, open(temporary, "wb") as writer:
+                    for chunk in iter(lambda reader=reader: reader.read(CHUNK), b""):
+                        writer.write(chunk)
+                        size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            except OSError:
+                if not tries_left:
+                    raise
+                time.sleep(1)  # a network's hiccup, perhaps
+                continue
+            if (size, crc) == (shard.bytes, shard.crc32):
+                os.replace(temporary, target)
+                return
+        raise OSError(
+            f"{cache.location}/{shard.file} arrives with {size} bytes and CRC {crc:08x}, must have"
+            f" {shard.bytes} and {shard.crc32:08x}: prepare it again"
+        )
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_caches(locations: Iterable[str | Path], stage: Path | None = None) -> list[Cache]:
     """The caches of one run. ValueError if their encoders, size or kind of images differ."""
     caches = [Cache(location, stage) for location in locations]
     for other in caches[1:]:
-        for key in ("text_encoder", "text_tokens", "vae", "size"):
+        for key in ("text_encoder", "text_tokens", "text_format", "vae", "image", "size"):
             mine, its = caches[0].manifest[key], other.manifest[key]
             if mine != its:
                 raise ValueError(

@@ -14,6 +14,8 @@ Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees
 """
 
 import argparse
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -212,11 +214,14 @@ class Prepared:
         return merge(*rows, key=lambda use: use.first)
 
     def stage_bytes(self) -> int:
-        """What a stage must hold at least: of every stream the window in use and the next one."""
-        return sum(
-            sum(sorted((s.bytes for s in shards), reverse=True)[: 2 * order.window])
-            for (_, shards), order in zip(self.streams, self.orders, strict=True)
-        )
+        """What a stage must hold at least: of every stream the windows that one step may touch,
+        and the next one."""
+        total = 0
+        for (_, shards), order in zip(self.streams, self.orders, strict=True):
+            smallest = sum(sorted(order.rows)[: order.window])
+            windows = 2 + ceil(self.batch_size / smallest)
+            total += sum(sorted((s.bytes for s in shards), reverse=True)[: windows * order.window])
+        return total
 
 
 class HeldOut:
@@ -367,6 +372,8 @@ def loader(
     pin_memory: bool,
 ) -> Iterator[Batch]:  # fmt: skip
     """Endless micro-batches of one rank, made ahead by worker processes."""
+    if workers:
+        atexit.register(_end_workers)
     return iter(
         DataLoader(
             samples,
@@ -382,6 +389,12 @@ def loader(
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _end_workers():
+    """They ignore SIGTERM: a program that ends by an error would wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _leave_signals_to_the_trainer(worker: int):

@@ -121,9 +121,14 @@ PRESETS |= {f"{name}-wide": replace(PRESETS[name], dim=256) for name in ("digits
 class Linear(nn.Linear):
     """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector"."""
 
+    product = staticmethod(F.linear)  # onednn.py has a faster one for some CPUs
+
     def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False):
         super().__init__(fan_in, fan_out, bias=bias)
         self.role = role
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
 
     def reset_parameters(self):
         pass  # MMDiT.init_weights sets every weight once, by role
@@ -448,10 +453,7 @@ class MMDiT(nn.Module):
             )
 
     def compile_blocks(self, **kwargs):
-        """Compile each block in place: one region reused by all layers, keys unchanged.
-
-        kwargs go to torch.compile; shapes are static and graph breaks are errors.
-        """
+        """Compile each block in place for static shapes; keys stay. kwargs go to torch.compile."""
         # One compilation a bucket, with and without gradients: torch gives up after 8 by default.
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for block in (*self.double_blocks, *self.single_blocks):

@@ -5,12 +5,13 @@ resolve    fills in what was not given: from the run to resume, the caches, --in
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 import rf
 import shapes
 import zero
-from cache import load_caches
+from cache import Stage, load_caches
 from evaluate_t2i import world_of
 from mmdit import RESIDUALS
 from sample_t2i import find_weights, run_settings
@@ -63,7 +64,15 @@ SETTINGS = (  # what a resumed run must share with the first
     "weight_decay", "warmup_samples", "cooldown_samples", "shift", "precision",
 )  # fmt: skip
 FROM_DATA = ("size", "text_encoder", "text_tokens", "vae")  # what a cache has settled
-REMEMBERED = (*SETTINGS, "data", "cfg", "eval_prompts", "eval_every_samples", "micro_batch")
+REMEMBERED = (
+    *SETTINGS,
+    "data",
+    "text_format",
+    "cfg",
+    "eval_prompts",
+    "eval_every_samples",
+    "micro_batch",
+)
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -75,7 +84,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(data_id=[])
+    parser.set_defaults(data_id=[], text_format=None)
 
     def add(group, name, help_text, **kwargs):
         key = name.replace("-", "_")
@@ -203,7 +212,7 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
             )
     for key in ("samples", "batch_size", "size", "text_tokens", "eval_every_samples",
                 "save_every_samples", "keep", "max_bad_steps", "eval_prompts", "most_at_once",
-                "micro_batch", "threads"):  # fmt: skip
+                "micro_batch", "threads", "window"):  # fmt: skip
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     for key, names in {
@@ -214,6 +223,8 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
             names = ", ".join(str(name) for name in names if name)
             raise ValueError(f"--{key} {getattr(args, key)!r} must be one of {names}")
     rf.shift_time(0.5, args.shift)
+    if any(not 0 < weight < inf for weight in args.data_weights):
+        raise ValueError(f"--data-weights {args.data_weights} must be above 0")
     if args.data_weights and len(args.data_weights) != len(args.data):
         raise ValueError(
             f"--data-weights has {len(args.data_weights)} numbers, must have one for each of the"
@@ -228,6 +239,8 @@ def take_from_data(args: argparse.Namespace, saved: dict):
     args.data = args.data or saved.get("data") or []
     if not args.data:
         return
+    if args.stage is not None:
+        args.stage = args.stage / Stage.OWN
     caches = load_caches(args.data, args.stage)
     facts = {key: caches[0].manifest[key] for key in FROM_DATA}
     for key, value in facts.items():
@@ -237,6 +250,7 @@ def take_from_data(args: argparse.Namespace, saved: dict):
                 f" {args.data[0]}, prepared with {value}: drop it, or prepare the data with it"
             )
     facts["data_id"] = [cache.id for cache in caches]
+    facts["text_format"] = caches[0].manifest["text_format"]
     for key, value in facts.items():
         if saved.get(key, value) != value:
             raise ValueError(

@@ -17,8 +17,9 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
-from math import log
+from math import inf, log, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import SCHEMA, Bucket, Shard, TextFormat, cell, open_shard, write_shard, write_whole
+from cache import SCHEMA, Bucket, Shard, TextFormat, open_shard, write_shard, write_whole
+from dedup import drop_duplicates
 from encoders import (
     Captioner,
     Encoded,
@@ -50,6 +52,7 @@ from sources import (
 
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")  # looked for if none is named
 TIMES = 8  # of the validation loss: t = 0, 1/8, …, 7/8
+EVERY = 10  # at most every tenth row is for validation
 FEW_ROWS = 200  # the limit on bad rows is a share of at least so many
 
 # ------------------------------------------------------------------------------------------------
@@ -107,12 +110,15 @@ class Reader(NamedTuple):
         if self.latent is not None:
             return Ready(numbered, self.latent(row), captions)
         with Image.open(io.BytesIO(image_bytes(row["image"]))) as image:
-            return Ready(numbered, fit(image, self.buckets, self.max_upscale), captions)
+            upright = ImageOps.exif_transpose(image)  # phones store pictures sideways
+            return Ready(numbered, fit(upright, self.buckets, self.max_upscale), captions)
 
     def caption(self, row: dict, column: str) -> str | None:
         value = value_of(row, column)
         value = value() if callable(value) else value
         if column == self.label and value is not None:
+            if self.names and not 0 <= value < len(self.names):
+                raise ValueError(f"label {value} has no name")
             name = (self.names[value] if self.names else str(value)).replace("_", " ")
             return self.template.format(
                 name, a=f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
@@ -135,6 +141,8 @@ class Latent(NamedTuple):
         raw = row[self.column]
         raw = np.frombuffer(raw, self.dtype) if isinstance(raw, bytes) else np.asarray(raw)
         values = raw.astype(np.float32).reshape(self.shape) * self.scale + self.offset
+        if not np.isfinite(values.astype(np.float16)).all():
+            raise ValueError("the latent is not finite in fp16")
         return torch.from_numpy(values)[None]  # (1, C, h, w)
 
 
@@ -163,8 +171,12 @@ class Encoder:
         stored = images if self.image.kind != "moments" else self.image.moments(images)
         if stored.is_floating_point():
             stored = stored.cpu().to(torch.float16)
-            if not stored.isfinite().all():
-                raise ValueError("the VAE's output is not finite in fp16")
+            for row, moments in zip(rows, stored, strict=True):
+                if not moments.isfinite().all():
+                    raise ValueError(
+                        f"{row.source.name}: the VAE's output is not finite in fp16; leave the row"
+                        " out, or take a VAE that does not overflow"
+                    )
         flat = [caption for mine in captions for caption in mine if caption]
         blobs = map(self.format.pack, self.text(flat))
         result = [
@@ -212,6 +224,8 @@ class Journal:
     def resume(self) -> set[int]:
         """Throw away what was not finished. The rows that are done."""
         whole = [s for s in self.shards if self._size(s) == s.bytes]
+        if not self.done:  # what was unreadable may have been repaired
+            self.left_out = [row for row in self.left_out if row["kind"] == "small"]
         self.done &= whole == self.shards
         self.shards = whole
         lines = [("shard", s) for s in whole] + [("left out", row) for row in self.left_out]
@@ -262,15 +276,23 @@ class Plan(NamedTuple):
     batch: int
 
 
+def held_out(place: int, rows: int) -> bool:
+    """Every tenth place of the shuffled order is kept from training, until there are `rows`."""
+    return place % EVERY == EVERY - 1 and place // EVERY < rows
+
+
 def run_part(
     plan: Plan, source: Source, reader: Reader, encoder: Encoder, out: Path, part: int, parts: int,
     workers: int,
-) -> Journal:  # fmt: skip
+):  # fmt: skip
     """Read, encode and write the rows of one part that are not done yet."""
     journal = Journal(out, part, parts)
-    skip = journal.resume()
+    with locked(out / "parts" / "lock"):  # no other part is just rewriting the shards
+        if (out / "manifest.json").exists():
+            return
+        skip = journal.resume()
     if journal.done:
-        return journal
+        return
     total = None if not hasattr(source, "__len__") else len(range(part, len(source), parts))
     waiting: dict[tuple[str, Bucket], list[tuple[int, Ready]]] = {}  # not yet encoded
     rows: dict[tuple[str, Bucket], list[dict]] = {}  # encoded, not yet written
@@ -290,7 +312,7 @@ def run_part(
         encoded = encoder([ready for _, ready in some])
         if key[0] == "validation":
             for row, (place, _) in zip(encoded, some, strict=True):
-                row["t_index"] = place % TIMES
+                row["t_index"] = place // EVERY % TIMES
         rows.setdefault(key, []).extend(encoded)
         if len(rows[key]) * len(encoded[0]["image"]) >= plan.shard_bytes:
             journal.write(*key, rows.pop(key))
@@ -307,7 +329,7 @@ def run_part(
                     bad += kind == "bad"
                     journal.leave_out(result, reason, kind)
                     continue
-                split = "validation" if place < plan.validation else "train"
+                split = "validation" if held_out(place, plan.validation) else "train"
                 latent = result.image.is_floating_point()
                 side = [n * factor if latent else n for n in result.image.shape[-2:]]
                 key = (split, tuple(side))
@@ -328,86 +350,27 @@ def run_part(
     for key in list(rows):
         journal.write(*key, rows.pop(key))
     journal.note("done")
-    journal.done = True
-    return journal
 
 
 # ------------------------------------------------------------------------------------------------
-# The end: duplicates and the manifest
+# The end: one manifest of all parts
 # ------------------------------------------------------------------------------------------------
 
 
-def duplicates(vectors: np.ndarray, threshold: float) -> dict[int, tuple[int, float]]:
-    """Rows to drop → (the earlier row each of them repeats, cosine). vectors: (N, E), unit length.
-
-    A row goes if an earlier one that stays is nearer than the threshold. With faiss in its range
-    search, else by products of blocks; both are exact, and take a time that grows with N².
-    """
-    vectors, found = np.ascontiguousarray(vectors, np.float32), {}
-    try:
-        import faiss
-    except ImportError:
-        faiss = None
-    index = None
-    if faiss is not None:
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-    for start in range(0, len(vectors), 1024):
-        block = vectors[start : start + 1024]
-        if index is not None:
-            limits, cosines, others = index.range_search(block, threshold)
-            queries = np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64)))
-        else:
-            products = block @ vectors[: start + len(block)].T
-            queries, others = np.nonzero(products >= threshold)
-            cosines = products[queries, others]
-        order = np.lexsort((others, queries))
-        for query, other, cosine in zip(queries[order], others[order], cosines[order], strict=True):
-            row, other = start + int(query), int(other)
-            if other < row and row not in found and other not in found:
-                found[row] = (other, float(cosine))
-    return found
-
-
-def drop_duplicates(out: Path, shards: list[Shard], threshold: float) -> tuple[list[Shard], int]:
-    """Shards without near-duplicates (rewritten under a new name), and how many rows went.
-
-    duplicates.jsonl says which, and of what. Validation rows come first: they stay.
-    """
-    shards = sorted(shards, key=lambda s: (s.split == "train", s.file))
-    vectors, where = [], []
-    for k, shard in enumerate(shards):
-        table = open_shard(out / shard.file)
-        for i in range(shard.rows):
-            vectors.append(np.frombuffer(cell(table, "embedding", i), np.float16))
-            where.append((k, i, table.column("row")[i].as_py()))
-    gone = duplicates(np.stack(vectors), threshold)
-    report = [
-        {"row": where[row][2], "repeats": where[other][2], "cosine": round(cosine, 4)}
-        for row, (other, cosine) in gone.items()
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in report)
-    write_whole(out / "duplicates.jsonl", text.encode())
-    lost: dict[int, set[int]] = {}
-    for row in gone:
-        lost.setdefault(where[row][0], set()).add(where[row][1])
-    kept = []
-    for k, shard in enumerate(shards):
-        if k not in lost:
-            kept.append(shard)
-            continue
-        rows = open_shard(out / shard.file).to_pylist()
-        rows = [row for i, row in enumerate(rows) if i not in lost[k]]
-        if rows:
-            file = shard.file.replace(".arrow", ".unique.arrow")
-            kept.append(write_shard(out, file, shard.split, shard.bucket, rows))
-    return kept, len(gone)
+@contextmanager
+def locked(path: Path, busy: str | None = None):
+    """One process at a time, also after a kill. busy: refuse with it instead of waiting."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        yield
 
 
 def finish(out: Path, parts: int, facts: dict, dedup_threshold: float | None) -> dict | None:
     """The manifest, once every part is done; None as long as one is not."""
-    with open(out / "parts" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two parts that end together one does it
+    with locked(out / "parts" / "lock"):  # of two parts that end together one does it
         if (out / "manifest.json").exists():
             return json.loads((out / "manifest.json").read_text())
         journals = [Journal(out, part, parts) for part in range(parts)]
@@ -459,7 +422,8 @@ WORK = ("part", "workers", "device", "batch", "bad_limit", "out")  # may differ 
 
 def check(args) -> tuple[int, int]:
     """Reject what cannot work; → part, parts."""
-    for key in ("size", "batch", "shard_mb", "max_aspect", "max_upscale", "text_tokens", "patch"):
+    for key in ("size", "batch", "shard_mb", "max_aspect", "max_upscale", "text_tokens", "patch",
+                "recaption_weight"):  # fmt: skip
         value = getattr(args, key)
         if value is not None and not value > 0:
             raise ValueError(f"--{key.replace('_', '-')} {value} must be above 0")
@@ -486,6 +450,8 @@ def caption_columns(args, source: Source) -> dict[str, float]:
             chosen[column] = float(weight or 1)
         except ValueError as error:
             raise ValueError(f"--caption {given}: {weight!r} must be a number") from error
+        if not 0 < chosen[column] < inf:
+            raise ValueError(f"--caption {given}: the weight must be above 0")
     if args.label and args.label not in chosen:
         chosen[args.label] = 1.0
     if not chosen and not args.recaption:
@@ -500,10 +466,11 @@ def caption_columns(args, source: Source) -> dict[str, float]:
     return chosen
 
 
-def same_settings(args, parts: int):
+def same_settings(args, parts: int, rows: int | None):
     """Every part and attempt must be told the same; the first one writes it down."""
     told = {key: value for key, value in vars(args).items() if key not in (*WORK, "run")}
-    told = json.loads(json.dumps(told | {"parts": parts}, default=str))
+    told |= {"parts": parts, "source_rows": rows}
+    told = json.loads(json.dumps(told, default=str))
     path = args.out / "prepare.json"
     if not path.exists():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -558,7 +525,7 @@ def prepare(args, device) -> dict | None:
         pixels = args.dedup == "pixels"
         embedder = PixelEmbedder() if pixels else ModelEmbedder(args.dedup, device)
     captioner = Captioner(args.recaption, device) if args.recaption else None
-    same_settings(args, parts)
+    same_settings(args, parts, len(source) if hasattr(source, "__len__") else None)
     for folder in ("shards", "parts"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     names = class_names(source, args.label) if args.label else None
@@ -566,15 +533,15 @@ def prepare(args, device) -> dict | None:
         captions, args.label, names, args.label_template, buckets, args.max_upscale, latent,
         needs_caption=captioner is None,
     )  # fmt: skip
-    validation = args.validation
-    if hasattr(source, "__len__"):
-        validation = min(validation, len(source) // 10)
-    plan = Plan(validation, int(args.shard_mb * 1e6), args.bad_limit, args.seed, args.batch)
+    plan = Plan(args.validation, int(args.shard_mb * 1e6), args.bad_limit, args.seed, args.batch)
     encoder = Encoder(text, image, form, embedder, captioner)
-    run_part(plan, source, reader, encoder, args.out, part, parts, args.workers)
+    busy = f"--part {args.part} of {args.out} is at work in another process: let it end"
+    with locked(args.out / "parts" / f"{part}of{parts}.lock", busy):
+        run_part(plan, source, reader, encoder, args.out, part, parts, args.workers)
+    size = args.size if latent is None else round((prod(latent.shape[1:])) ** 0.5 * image.factor)
     columns = captions | ({"recaption": args.recaption_weight} if captioner else {})
     facts = {
-        "source": args.source, "size": args.size, "seed": args.seed, "noise_seed": args.seed,
+        "source": args.source, "size": size, "seed": args.seed, "noise_seed": args.seed,
         "text_encoder": args.text_encoder, "text_tokens": tokens, "text_format": form._asdict(),
         "null_text": base64.b64encode(form.pack(text([""])[0])).decode(), "vae": args.vae,
         "image": {"kind": image.kind, "channels": image.channels, "factor": image.factor},

@@ -199,7 +199,7 @@ def plot_progress(folder: Path, captions: list[str], path: Path):
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{int(strip.stem):,}", fontsize=7)
     for axis, caption in zip(axes[0], captions, strict=False):
-        axis.set_title(textwrap.fill(caption, 16), fontsize=5.5)
+        axis.set_title(textwrap.fill(caption, 16), fontsize=5.5, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

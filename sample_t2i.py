@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import onednn
 import rf
 import shapes
 from auraflow import (
@@ -32,7 +34,7 @@ from auraflow import (
     save_original,
     save_pipeline,
 )  # fmt: skip
-from cache import write_whole
+from cache import TextFormat, write_whole
 from data_mnist import mix_seed
 from encoders import (
     VAE,
@@ -109,7 +111,7 @@ def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: i
         axis.axis("off")
     for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(textwrap.fill(caption, 26), fontsize=7)
+        axis.set_title(textwrap.fill(caption, 26), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -178,6 +180,17 @@ def load_run(path: Path, device, ema: str | None = None) -> tuple[MMDiT, dict]:
     return load_model(folder, device), run_settings(folder)
 
 
+class AsStored(NamedTuple):
+    """A text encoder whose features are rounded as a cache rounds them: as the model saw them."""
+
+    encoder: HashText | HuggingFaceText
+    format: TextFormat
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        stored = [self.format.read(self.format.pack(f)) for f in self.encoder(captions)]
+        return self.format.expand(self.format.join(stored))
+
+
 class Painter(NamedTuple):
     """All that turns prompts into pictures; `settings` are those of the run."""
 
@@ -185,12 +198,16 @@ class Painter(NamedTuple):
     text: HashText | HuggingFaceText
     image: Pixels | VAE
     settings: dict
+    origin: str  # which weights
 
     @classmethod
     def of_run(cls, path: Path, device, ema: str | None = None) -> "Painter":
         model, run = load_run(path, device, ema)
         text = text_encoder(run["text_encoder"], tokens=run["text_tokens"], device=device)
-        return cls(model, text, image_encoder(run["vae"], device), {"steps": 20} | run)
+        if run.get("text_format"):
+            text = AsStored(text, TextFormat(**run["text_format"]))
+        origin = f"{find_weights(path, ema)} after {run.get('samples_seen')} samples"
+        return cls(model, text, image_encoder(run["vae"], device), {"steps": 20} | run, origin)
 
     @classmethod
     def of_auraflow(cls, name: str, device) -> "Painter":
@@ -199,7 +216,7 @@ class Painter(NamedTuple):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_auraflow(folder, device, dtype)
         text = HuggingFaceText(str(folder), 256, device, dtype)
-        return cls(model, text, VAE(str(folder), device), AURAFLOW)
+        return cls(model, text, VAE(str(folder), device), AURAFLOW, name)
 
 
 def export(painter: Painter, naming: str, out: Path):
@@ -207,7 +224,8 @@ def export(painter: Painter, naming: str, out: Path):
 
     With a real text encoder and VAE the diffusers folder is a whole pipeline.
     """
-    model, text, image, settings = painter
+    model, text, image, settings, _ = painter
+    text = getattr(text, "encoder", text)
     if naming == "auraflow":
         save_original(model, out)
     elif isinstance(text, HashText) or isinstance(image, Pixels):
@@ -286,7 +304,8 @@ def geneval(painter: "Painter", rows: list[dict], prompts: list[str], out: Path,
     from torchvision.io import encode_png
 
     told = {key: options[key] for key in ("cfg", "steps", "shift", "solver")}
-    told |= {"seed": seed, "size": list(size), "images": images}
+    told |= {"seed": seed, "size": list(size), "images": images, "model": painter.origin}
+    told["prompts"] = zlib.crc32(json.dumps([rows, prompts]).encode())
     begun = out / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != told:
         raise ValueError(f"--out {out} was begun with {begun.read_text()}: choose another --out")
@@ -396,6 +415,7 @@ def launch(args: argparse.Namespace):
     from train_mnist import choose_device
 
     check(args)
+    onednn.use()
     device = choose_device(args.device)
     rows = read_metadata(args.geneval) if args.geneval else []
     prompts = [row["prompt"] for row in rows]
@@ -409,7 +429,7 @@ def launch(args: argparse.Namespace):
         export(painter, args.export[0], Path(args.export[1]))
         print(f"wrote {args.export[1]}")
         return
-    _, text, image, run = painter
+    _, text, image, run, _ = painter
     if args.score and (run.get("data") or "shapes" not in run):
         raise ValueError(f"--score shapes: {args.run or args.auraflow} was not trained on shapes")
     size = latent_size(args.size or run["size"], image.factor)

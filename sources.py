@@ -43,7 +43,7 @@ class Files:
 
     def __getitem__(self, i: int) -> Numbered:
         path, row = self.files[i]
-        return Numbered(i, str(path), {"image": path} | row)
+        return Numbered(i, str(path), row | {"image": path})
 
 
 class Table:
@@ -138,7 +138,7 @@ def read_folder(folder: Path) -> Files:
 
 
 def read_metadata(path: Path) -> Files:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins its CSV with a mark
         try:
             if path.suffix == ".csv":
                 rows = list(csv.DictReader(file))
@@ -148,10 +148,15 @@ def read_metadata(path: Path) -> Files:
             raise ValueError(f"SOURCE {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"SOURCE {path} is empty: a row must be file_name and captions")
-    if "file_name" not in rows[0]:
+    if isinstance(rows[0], dict) and "file_name" not in rows[0]:
         raise ValueError(
             f"SOURCE {path} has no column file_name; there are: {', '.join(map(str, rows[0]))}"
         )
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.get("file_name"):
+            raise ValueError(f"SOURCE {path}: row {number} has no file_name")
+        if None in row:
+            raise ValueError(f"SOURCE {path}: row {number} has too many cells: quote its commas")
     columns = sorted({key for row in rows for key in row} - {"file_name"})
     return Files([(path.parent / str(row.pop("file_name")), row) for row in rows], columns)
 
@@ -174,8 +179,9 @@ def load(
     columns = list(table.features)
     image = next((c for c in columns if isinstance(table.features[c], Image)), None)
     image = image or next((c for c in IMAGE_COLUMNS if c in columns), None)
-    if image is not None and isinstance(table.features[image], Image):
-        table = table.cast_column(image, Image(decode=False))  # bytes: we decode, and skip the bad
+    for column in columns:  # bytes: we decode, and skip the bad
+        if isinstance(table.features[column], Image):
+            table = table.cast_column(column, Image(decode=False))
     if not stream and not len(table):
         raise ValueError(f"{name} is empty")
     return Stream(table, image, columns) if stream else Table(table, image)

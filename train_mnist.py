@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import onednn
 import rf
 from data_mnist import (
     SOURCES,
@@ -532,6 +533,7 @@ def launch(args: argparse.Namespace):
     """Data, training, exported weights, pictures."""
     started, device = time.time(), choose_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
+    onednn.use()
     args = resolve(args, device)
     if args.dry_run:
         args.steps, args.sample_steps = 1, 1

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
-from math import isnan
+from math import ceil, isnan, nan
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ class Run:
         self.open_data(device)
         factor = self.image.factor
         sides = [tuple(side // factor for side in bucket) for bucket, _ in self.buckets]
-        self.config = model_config(args, self.text, self.image, sides)
+        self.config = model_config(args, self.text, self.image, sides)  # also of validation rows
         torch.manual_seed(args.seed)  # the initial weights; no step draws from global state
         model = MMDiT(self.config)
         if args.init and not resumed:
@@ -155,6 +155,8 @@ class Run:
         )
         streams = zip(self.source.streams, self.source.shares, strict=True)
         self.buckets = [(shards[0].bucket, share) for (_, shards), share in streams]
+        held = {s.bucket for c in caches for s in c.shards} - {bucket for bucket, _ in self.buckets}
+        self.buckets += [(bucket, 0.0) for bucket in sorted(held)]
         if args.stage is not None:
             self.prepare_stage(caches)
         self.exam = CacheExam(args, self.text, self.image, caches)
@@ -166,11 +168,12 @@ class Run:
         limit, least = int(args.stage_limit * 1e9), self.source.stage_bytes() + kept
         if limit < least:
             raise ValueError(
-                f"--stage-limit {args.stage_limit:g} GB must be at least {least / 1e9:.3g} GB for"
-                f" two windows of each bucket: raise it, or lower --window {args.window}"
+                f"--stage-limit {args.stage_limit:g} GB must be at least"
+                f" {ceil(least / 1e3) / 1e6:g} GB for the windows in use: raise it, or lower"
+                f" --window {args.window}"
             )
         if int(os.environ["LOCAL_RANK"]) == 0:
-            Stage.clear(args.stage)
+            self.stage_lock = Stage.claim(args.stage)
             for cache, shard in held:
                 fetch(cache, shard, cache.path(shard))
             self.stage = Stage(args.stage, limit - kept, self.source)
@@ -239,7 +242,7 @@ class Run:
 
         by_time, scores = self.examiner(model, self.seen)
         asked = [loss for loss in by_time if not isnan(loss)]  # few rows may miss a time
-        loss = sum(asked) / max(1, len(asked))
+        loss = sum(asked) / len(asked) if asked else nan
         row = (self.seen, loss, *by_time, *scores.values())
         self.eval_rows.append(row)
         if self.rank == 0:
@@ -385,9 +388,11 @@ def build_run(args: argparse.Namespace) -> Run:
 
 def launch(args: argparse.Namespace):
     run = build_run(args)
-    train(run)
-    if run.stage is not None:
-        run.stage.close()
+    try:
+        train(run)
+    finally:
+        if run.stage is not None:
+            run.stage.close()
     if run.rank == 0:
         run.bar.close()
         state = "stopped" if run.seen < args.samples else "finished"
@@ -404,7 +409,8 @@ def main(argv: list[str] | None = None):
         # What is wrong with the arguments is wrong on every rank: one of each machine says so.
         if local_rank == "0" or isinstance(error, OSError):
             where = f" (rank {rank})" if rank != "0" else ""
-            print(f"train_t2i.py: {error}{where}", file=sys.stderr)
+            said = str(error).strip().splitlines()[-1:]  # a loader's worker adds its traceback
+            print(f"train_t2i.py: {''.join(said)}{where}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("train_t2i.py: interrupted; the last checkpoint is whole")

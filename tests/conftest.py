@@ -15,6 +15,14 @@ torch.set_num_threads(2)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test waits for a network
 
 
+@pytest.fixture(autouse=True)
+def plain_products():
+    """The scripts may have switched to onednn.py's: every test begins with torch's own."""
+    import onednn
+
+    onednn.use(False)
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Two classes of ten 20×16 colour pictures: red ones and blue ones, in three formats."""

@@ -196,6 +196,13 @@ def test_caches_that_do_not_fit(three, other, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"text_encoder": "t5"}))
     with pytest.raises(ValueError, match=r"has text_encoder t5, but .* has hash"):
         load_caches([three, tmp_path])
+    for key, value in (
+        ("text_format", manifest["text_format"] | {"bits": 8}),
+        ("image", manifest["image"] | {"kind": "latents"}),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+        with pytest.raises(ValueError, match=f"has {key} "):
+            load_caches([three, tmp_path])
 
 
 # --- the stage -----------------------------------------------------------------------------------
@@ -214,6 +221,14 @@ class Disk:
             self.most = max(self.most, sum(f.stat().st_size for f in files))
 
         monkeypatch.setattr(cache, "fetch", fetch)
+
+
+CLAIMED = []
+
+
+def claim(folder):
+    """Empty and lock the folder until the tests end."""
+    CLAIMED.append(Stage.claim(folder))
 
 
 def staged(location, folder, window=1, batch_size=8):
@@ -238,7 +253,7 @@ def test_each_shard_is_staged_once_an_epoch_within_the_limit(three, tmp_path, mo
     plain = Prepared([Cache(three)], batch_size=8, seed=0, window=1)
     limit, shards = source.stage_bytes(), {shard.file for shard in Cache(three).shards}
     assert limit < sum(shard.bytes for shard in Cache(three).shards)
-    Stage.clear(tmp_path)
+    claim(tmp_path)
     stage = Stage(tmp_path, limit, Epochs(source, 96))
     stage.begin(seen)
     readers = [staged(three, tmp_path)[1] for _ in range(2)]  # two ranks
@@ -281,7 +296,7 @@ def test_a_copy_that_is_cut_off_is_made_again(three, tmp_path, monkeypatch):
         def __exit__(self, *_):
             self.file.close()
 
-    Stage.clear(tmp_path)
+    claim(tmp_path)
     stage = Stage(tmp_path, 10**9, Epochs(source, 96))
     monkeypatch.setattr(fsspec, "open", Short)
     stage.begin(0)
@@ -292,14 +307,59 @@ def test_a_copy_that_is_cut_off_is_made_again(three, tmp_path, monkeypatch):
     assert set(opened.values()) == {2} and len(opened) == len(plain.streams[0][0].shards)
 
 
-def test_what_an_earlier_run_left_is_thrown_away(three, tmp_path):
+def test_what_an_earlier_run_left_is_thrown_away_and_two_runs_are_not_mixed(three, tmp_path):
     data, _ = staged(three, tmp_path)
     left = data.path(data.shards[0])
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     (tmp_path / Stage.FAILED).write_text("old")
-    Stage.clear(tmp_path)
+    lock = Stage.claim(tmp_path)
     assert not left.exists() and not (tmp_path / Stage.FAILED).exists()
+    with pytest.raises(ValueError, match=r"--stage .* is in use: give each run its own"):
+        Stage.claim(tmp_path)
+    lock.close()
+    Stage.claim(tmp_path).close()
+
+
+def test_a_reader_stops_waiting_when_the_run_has_ended_or_died(three, tmp_path, monkeypatch):
+    _, source = staged(three, tmp_path)
+    stage = Stage(tmp_path, 10**9, source)
+    claim(tmp_path)
+    stage.close()  # before it began: nothing is ever staged
+    with pytest.raises(OSError, match="the run has ended"):
+        source.fetch(0, dropped=True)
+    (tmp_path / Stage.FAILED).unlink()
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(cache.os, "getppid", lambda: next(parents))
+    with pytest.raises(OSError, match="the run has died"):
+        source.fetch(0, dropped=True)
+
+
+def test_a_network_that_fails_once_is_tried_again(three, tmp_path, monkeypatch):
+    import fsspec
+
+    _, source = staged(three, tmp_path)
+    calls, original = [], fsspec.open
+
+    def hiccup(path, mode):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError("connection reset")
+        return original(path, mode)
+
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fsspec, "open", hiccup)
+    use = next(source.uses(0))
+    cache.fetch(use.cache, use.shard, use.cache.path(use.shard))
+    assert len(calls) == 2 and use.cache.path(use.shard).stat().st_size == use.shard.bytes
+
+
+def test_a_batch_larger_than_a_window_needs_a_larger_stage(three):
+    data = Cache(three)
+    every = sum(shard.bytes for shard in data.shards)
+    small = Prepared([data], batch_size=2, seed=0, window=1).stage_bytes()
+    large = Prepared([data], batch_size=64, seed=0, window=1).stage_bytes()
+    assert small < every == large  # 64 rows of one bucket: all of its shards, more than once
 
 
 def test_readers_hear_that_a_shard_cannot_be_had(three, tmp_path):
@@ -311,7 +371,7 @@ def test_readers_hear_that_a_shard_cannot_be_had(three, tmp_path):
     content = bytearray((tmp_path / "data" / first.file).read_bytes())
     content[-20] ^= 1
     (tmp_path / "data" / first.file).write_bytes(content)
-    Stage.clear(tmp_path / "stage")
+    claim(tmp_path / "stage")
     stage = Stage(tmp_path / "stage", 10**9, source)
     stage.begin(0)
     with pytest.raises(OSError, match=r"staging failed: .* arrives with"):
@@ -329,7 +389,7 @@ def test_a_cache_far_away_is_read_through_the_stage(three, tmp_path):
     with pytest.raises(ValueError, match="is far away: give --stage"):
         Cache("memory://far/data")
     _, source = staged("memory://far/data", tmp_path)
-    Stage.clear(tmp_path)
+    claim(tmp_path)
     stage = Stage(tmp_path, source.stage_bytes(), source)
     stage.begin(0)
     plain = Prepared([Cache(three)], batch_size=8, seed=0, window=1)
@@ -342,7 +402,7 @@ def test_a_cache_far_away_is_read_through_the_stage(three, tmp_path):
 
 def test_an_idle_stage_can_be_closed(three, tmp_path):
     _, source = staged(three, tmp_path)
-    Stage.clear(tmp_path)
+    claim(tmp_path)
     stage = Stage(tmp_path, source.stage_bytes(), source)
     stage.begin(0)
     time.sleep(0.1)  # it is full now and waits
@@ -355,12 +415,20 @@ def test_a_stage_larger_than_the_data_waits_too(three, tmp_path):
     _, source = staged(three, tmp_path)
     given, uses = [], source.uses
     source.uses = lambda seen: (given.append(use) or use for use in uses(seen))
-    Stage.clear(tmp_path)
+    claim(tmp_path)
     stage = Stage(tmp_path, 10**9, source)
     stage.begin(0)
-    time.sleep(0.3)
+    settle(given)
     ahead = len(given)
     stage.advance(48)
-    time.sleep(0.3)
+    settle(given)
     stage.close()
     assert 12 <= ahead < len(given) < 30
+
+
+def settle(given):
+    """Until nothing has been added for a while, and something is there."""
+    before = -1
+    while len(given) != before or before < 12:
+        before = len(given)
+        time.sleep(0.25)

@@ -17,6 +17,7 @@ from test_encoders import tiny_t5, tiny_vae
 
 import cache
 import data_t2i
+import dedup
 import prepare
 from cache import Cache, TextFormat
 from encoders import VAE, HashText, PixelEmbedder, text_encoder
@@ -114,7 +115,7 @@ def test_every_row_comes_once_with_its_picture_and_captions(tmp_path):
         "train": splits["train"], "validation": splits["validation"], "bad": 4, "small": 1,
         "duplicates": 0,
     }  # fmt: skip
-    assert 1 <= splits["validation"] <= 4  # a tenth of 45, of which some are bad
+    assert 1 <= splits["validation"] <= 4  # a tenth of 45, of which some may be bad
     buckets = Counter(bucket for split, bucket, _ in found.values() if split == "train")
     assert {(b["height"], b["width"]): b["rows"] for b in manifest["buckets"]} == buckets
     assert len(buckets) == 3 and len(data.shards) > 6
@@ -175,6 +176,42 @@ def write_shard(folder, file, *rest):
 prepare.write_shard = write_shard
 data_t2i.main(sys.argv[1:])
 """
+
+
+def test_a_part_at_work_is_not_started_twice(tmp_path, capsys):
+    source, out = pictures(tmp_path / "source", n=6), tmp_path / "data"
+    (out / "parts").mkdir(parents=True)
+    with prepare.locked(out / "parts" / "0of1.lock"):
+        refused(capsys, "--part 0/1 of", source, out)
+    run(source, out)
+
+
+def test_bad_rows_are_tried_again(tmp_path, capsys):
+    bad = [{"file_name": f"late {i}.png", "text": "a"} for i in range(6)]
+    source, out = pictures(tmp_path / "source", bad=bad), tmp_path / "data"
+    refused(capsys, "6 of 46 rows are bad", source, out)
+    for i in range(6):
+        Image.new("RGB", (48, 48)).save(source / f"late {i}.png")
+    data = run(source, out)
+    assert sorted(rows_of(data)) == list(range(46)) and data.manifest["rows"]["bad"] == 0
+
+
+def test_a_source_that_grew_is_noticed(tmp_path, capsys):
+    source, out = pictures(tmp_path / "source", n=6), tmp_path / "data"
+    run(source, out, "--part", "0/2")
+    with open(source / "metadata.jsonl", "a") as file:
+        print(json.dumps({"file_name": "0.png", "text": "one more"}), file=file)
+    refused(capsys, "was begun with source_rows 6, now it is 7", source, out, "--part", "0/2")
+
+
+def test_pictures_of_phones_stand_upright(tmp_path):
+    source = pictures(tmp_path / "source", n=1, sizes=[(64, 36)])
+    with Image.open(source / "0.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # to be turned by 90 degrees
+        image.save(source / "0.png", exif=exif)
+    ((_, bucket, row),) = rows_of(run(source, tmp_path / "data")).values()
+    assert bucket == (20, 12) and row.image.shape == (3, 20, 12)
 
 
 def test_two_processes_killed_once_and_continued(tmp_path):
@@ -388,6 +425,7 @@ def test_missing_libraries_and_wrong_options_say_so(tmp_path, monkeypatch, capsy
     for extra, reason in (
         (["--caption", "title"], "has no caption column title; there are: other, text"),
         (["--caption", "text:much"], "'much' must be a number"),
+        (["--caption", "text:0"], "the weight must be above 0"),
         (["--part", "2/2"], "--part 2/2 must be i/n"), (["--text-bits", 4], "must be 8 or 16"),
         (["--label-template", "a {b}"], "may use {} and {a}"),
         (["--size", 2], "--size 2 must be at least 4"), (["--batch", 0], "must be above 0"),
@@ -439,6 +477,8 @@ def test_near_duplicates_go_and_are_reported(tmp_path, monkeypatch, with_faiss):
     assert all(0.99 <= r["cosine"] <= 1.001 for r in report)
     assert len(found) == 30 and data.manifest["rows"]["duplicates"] == 5
     assert not {r["row"] for r in report} & found.keys()
+    run(source, tmp_path / "data", "--dedup", "pixels", "--dedup-threshold", 0.99)  # does nothing
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text()) == data.manifest
     for shard in data.shards:
         assert len(data.table(shard)) == shard.rows
         assert (tmp_path / "data" / shard.file).stat().st_size == shard.bytes
@@ -448,7 +488,7 @@ def test_duplicates_against_a_naive_search():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2500, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = prepare.duplicates(vectors, 0.999)
+    found = dedup.duplicates(vectors, 0.999)
     cosines, kept = vectors @ vectors.T, []
     for i in range(len(vectors)):
         near = [j for j in kept if cosines[i, j] >= 0.999]

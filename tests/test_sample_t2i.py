@@ -103,6 +103,24 @@ def test_the_mean_is_of_the_six_tags():
     assert result["mean"] == pytest.approx(1.5 / 6)
 
 
+def test_a_model_taught_with_bytes_is_told_bytes(tmp_path):
+    form = {"tokens": 12, "dim": 128, "bits": 8, "reach": 0.25}
+    save_model(tmp_path / "run", MMDiT(PRESETS["tiny"]), run=RUN | {"text_format": form})
+    painter = sample_t2i.Painter.of_run(tmp_path / "run", torch.device("cpu"))
+    plain, told = HashText(tokens=12)(["a red ring"]), painter.text(["a red ring"])
+    assert told.shape == plain.shape and told.abs().max() <= 0.25 < plain.abs().max()
+    assert (told - plain.clamp(-0.25, 0.25)).abs().max() <= 0.25 / 255 + 1e-6
+
+
+def test_captions_may_hold_dollars(tmp_path):
+    sample_t2i.captioned_grid(
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        ["$10 #1 and $20", "win $$$"],
+        tmp_path / "a.png",
+    )
+    assert (tmp_path / "a.png").exists()
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -177,8 +195,11 @@ def test_geneval_gets_its_folders_and_goes_on_where_it_stopped(weights, tmp_path
     main(weights, *options, "--out", out)
     assert drawn == ["a ring, a star", "three circles"]
     assert {f: (out / f).read_bytes() for f in files} == before
-    with pytest.raises(SystemExit, match="was begun with"):
-        main(weights, *options, "--out", out, "--seed", 1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(METADATA[0]))
+    for changed in (["--seed", 1], ["--ema", "0.10"], ["--geneval", other]):
+        with pytest.raises(SystemExit, match="was begun with"):
+            main(weights, *options, "--out", out, *changed)
 
 
 def tiny_chat(folder, template):

@@ -192,9 +192,14 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"picture": 1}')
     (tmp_path / "c.jsonl").write_text("{half")
     (tmp_path / "d.parquet").write_bytes(b"no")
+    (tmp_path / "e.jsonl").write_text('{"file_name": "a.png"}\n{"text": "b"}')
+    (tmp_path / "f.jsonl").write_text('{"file_name": "a.png"}\n[1]')
+    (tmp_path / "g.csv").write_text("file_name,text\na.png,one, two")
     for name, reason in (
         ("empty", "holds no images: put images"), ("a.jsonl", "is empty"),
         ("b.jsonl", "no column file_name; there are: picture"), ("c.jsonl", "cannot be read"),
+        ("e.jsonl", "row 2 has no file_name"), ("f.jsonl", "row 2 has no file_name"),
+        ("g.csv", "row 1 has too many cells: quote its commas"),
         ("d.parquet", "could not be loaded"), ("none/of.tar", "is not there"),
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=reason) as caught:
@@ -203,3 +208,11 @@ def test_what_is_no_source(tmp_path):
     with pytest.raises(ValueError, match="could not be loaded") as caught:
         open_source("nobody/nothing-at-all")
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_from_excel_and_a_column_named_image(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "\ufefffile_name,image,text\n1.png,other,hello", encoding="utf-8"
+    )
+    source = open_source(str(tmp_path / "a.csv"))
+    assert source[0].row == {"image": tmp_path / "1.png", "text": "hello"}

@@ -10,11 +10,13 @@ from test_encoders import tiny_t5, tiny_vae
 from test_prepare import pictures, run
 from test_train_t2i import quiet_signals, rows, train  # noqa: F401
 
+import data_t2i
 import report_t2i as report
 import rf
 import sample_t2i
 import train_t2i
 import zero
+from data_mnist import mix_seed
 from data_t2i import HeldOut, KnownText, Samples, encode
 from encoders import Pixels
 from mmdit import MMDiT, MMDiTConfig, load_model, save_model
@@ -73,14 +75,24 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(done, data, tmp_path):
         assert (out / name).read_bytes() == (done / name).read_bytes()
 
 
-def test_the_stage_changes_nothing(done, data, tmp_path):
-    extra = ["--stage", tmp_path / "stage", "--stage-limit", 0.1]
-    out = train(tmp_path / "run", "--data", data, *extra)
-    assert (out / "log.csv").read_bytes() == (done / "log.csv").read_bytes()
-    assert (out / "eval.csv").read_bytes() == (done / "eval.csv").read_bytes()
-    assert list((tmp_path / "stage").rglob("*.arrow"))
-    with pytest.raises(ValueError, match=r"--stage-limit 1e-06 GB must be at least .* --window 4"):
-        train(tmp_path / "other", "--data", data, *extra[:2], "--stage-limit", 1e-6)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stage_changes_nothing(done, data, tmp_path, workers):
+    """At the least limit, so that shards come and go; what else lies in the folder stays."""
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "mine.arrow").write_text("not the stage's")
+    plain = train(tmp_path / "plain", "--data", data, "--window", 1)
+    extra = ["--stage", tmp_path / "stage", "--data", data, "--window", 1, "--workers", workers]
+    with pytest.raises(
+        ValueError, match=r"--stage-limit 1e-06 GB must be at least .* --window 1"
+    ) as e:
+        train(tmp_path / "run", *extra, "--stage-limit", 1e-6)
+    least = str(e.value).split("at least ")[1].split()[0]
+    out = train(tmp_path / "run", *extra, "--stage-limit", least)
+    assert (out / "log.csv").read_bytes() == (plain / "log.csv").read_bytes()
+    assert (out / "eval.csv").read_bytes() == (plain / "eval.csv").read_bytes()
+    left = sum(f.stat().st_size for f in (tmp_path / "stage" / "t2i-stage").rglob("*.arrow"))
+    assert 0 < left <= float(least) * 1e9
+    assert (tmp_path / "stage" / "mine.arrow").read_text() == "not the stage's"
 
 
 def test_a_cache_of_latents_and_t5_features(tmp_path):
@@ -118,6 +130,9 @@ def test_data_that_does_not_fit_is_refused(done, data, tmp_path):
         out, "--data", data, "--data-weights", 1, 2,
     )  # fmt: skip
     refused("no manifest.json", out, "--data", tmp_path / "nothing")
+    for weight in (0, -1, "nan"):
+        refused("must be above 0", out, "--data", data, "--data-weights", weight)
+    refused("--window 0 must be at least 1", out, "--data", data, "--window", 0)
     assert not out.exists()
     shutil.copytree(done, out)
     refused(
@@ -125,6 +140,19 @@ def test_data_that_does_not_fit_is_refused(done, data, tmp_path):
         out, "--resume", "auto", "--data", other,
     )  # fmt: skip
     refused("has data_id .* the run to resume", out, "--resume", "auto", "--data", again)
+
+
+def test_validation_rows_of_a_bucket_of_their_own(tmp_path):
+    """Ten rows of which the one that is held out is the only wide one; and none held out."""
+    source = pictures(tmp_path / "source", n=10, sizes=[(48, 48)])
+    order = list(data_t2i.np.random.default_rng(mix_seed(0, "prepare", 0)).permutation(10))
+    Image.new("RGB", (64, 36)).save(source / f"{order[9]}.png")
+    data = run(source, tmp_path / "data").location
+    assert len(rows(train(tmp_path / "run", "--data", data, "--samples", 8) / "eval.csv")) == 1
+    none = run(source, tmp_path / "none", "--validation", 0).location
+    options = ["--data", none, "--target-eval-loss", 0.5]
+    out = train(tmp_path / "other", *options)
+    assert [row["loss"] for row in rows(out / "eval.csv")] == ["nan", "nan"]
 
 
 # --- another resolution --------------------------------------------------------------------------

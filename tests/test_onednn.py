@@ -1,0 +1,80 @@
+"""onednn.py: the same products in the same precision, and only where it says so."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import onednn
+import rf
+from mmdit import Linear, MMDiT, MMDiTConfig
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN"
+)
+
+
+@pytest.mark.parametrize("shape", [(40, 24, 72), (2, 7, 5, 3), (3, 1, 96, 256), (1, 300, 49, 96)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_product_and_its_gradients_in_fp32(shape, with_bias):
+    *rows, K, N = shape
+    torch.manual_seed(0)
+    x, weight, g = torch.randn(*rows, K), torch.randn(N, K), torch.randn(*rows, N)
+    inputs = [x, weight, *([torch.randn(N)] * with_bias)]
+
+    def outcome(function, dtype):
+        mine = [i.detach().to(dtype).requires_grad_() for i in inputs]
+        y = function(*mine)
+        y.backward(g.to(dtype))
+        return [y.detach(), *(i.grad for i in mine)]
+
+    exact = outcome(F.linear, torch.float64)
+    for found, expected in zip(outcome(onednn.linear, torch.float32), exact, strict=True):
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()  # bf16: 4e-3
+
+
+def test_transposed_inputs_and_frozen_weights():
+    x, weight = torch.randn(6, 9).t(), torch.randn(4, 6, requires_grad=True)
+    assert torch.allclose(onednn.linear(x, weight), F.linear(x, weight), atol=1e-5)
+    x = torch.randn(5, 6, requires_grad=True)
+    onednn.linear(x, weight.detach()).sum().backward()
+    assert torch.allclose(x.grad, weight.detach().sum(0).expand(5, -1), atol=1e-5)
+
+
+def test_a_model_trains_alike_with_it():
+    config = MMDiTConfig(
+        dim=64, head_dim=32, n_layers=3, n_double_layers=1, text_dim=12, max_grid=4, base_dim=64
+    )
+    torch.manual_seed(0)
+    model = MMDiT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    data, noise = torch.randn(2, 3, 4, 8, 8)
+    outcomes = []
+    for wanted in (False, True):
+        onednn.use(wanted)
+        loss = rf.rf_loss(
+            model, data, torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)),
+            t=torch.tensor([0.1, 0.5, 0.9]), noise=noise,
+        ).mean()  # fmt: skip
+        model.zero_grad()
+        loss.backward()
+        outcomes.append((loss, [p.grad for p in model.parameters()]))
+    (a, mine), (b, theirs) = outcomes
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    for p, q in zip(mine, theirs, strict=True):
+        assert torch.allclose(p, q, atol=1e-5 * p.abs().max().item() + 1e-9)
+
+
+def test_it_is_used_where_it_is_available_alone(monkeypatch):
+    for name, avx512, expected in (
+        ("AMD EPYC", True, onednn.linear), ("AMD EPYC", False, F.linear),
+        ("Intel(R) Xeon(R)", True, F.linear), (None, None, F.linear),
+    ):  # fmt: skip
+        can = {"cpu_name": name, "avx512_f": avx512} if name else {}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can)
+        onednn.use()
+        assert Linear.product is expected
+    onednn.use(True)
+    half = torch.randn(3, 4, dtype=torch.bfloat16)
+    assert torch.equal(Linear.product(half, half), F.linear(half, half))  # not its business
