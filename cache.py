@@ -366,8 +366,8 @@ def fetch(cache: Cache, shard: Shard, target: Path):
     try:
         for tries_left in reversed(range(COPY_TRIES)):
             size = crc = 0
-            source = fsspec.open(f"{cache.location}/{shard.file}", "rb")
             try:
+                source = fsspec.open(f"{cache.location}/{shard.file}", "rb")
                 with source as reader, open(temporary, "wb") as writer:
                     for chunk in iter(lambda reader=reader: reader.read(CHUNK), b""):
                         writer.write(chunk)

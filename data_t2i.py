@@ -393,6 +393,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _end_workers():
     """They ignore SIGTERM: a program that ends by an error would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
     for worker in multiprocessing.active_children():
         worker.kill()
 

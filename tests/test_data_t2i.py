@@ -1,6 +1,9 @@
 """data_t2i.py: a loader whose samples depend on (seed, position) alone."""
 
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import data_t2i
 from data_t2i import RankPositions, Samples, Shuffled, loader
 from encoders import VAE, HashText, Pixels
 from shapes import Shapes, World
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Numbered:
@@ -116,3 +121,19 @@ def test_the_loader_resumes_in_the_row(workers):
     for a, b in zip(whole[3:], resumed, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
     assert whole[0].images.shape == (3, 3, 24, 24) and whole[0].images.dtype == torch.uint8
+
+
+def test_a_program_that_ends_by_an_error_does_not_wait_for_its_workers():
+    code = """
+from data_t2i import Samples, Shuffled, loader
+from encoders import HashText
+from shapes import Shapes, World
+samples = Samples(Shuffled(Shapes(World(24, places=24)), 0), HashText(16, 16), seed=0)
+held = loader(samples, seen=0, micro_batch=2, rank=0, world_size=1, workers=2, pin_memory=False)
+next(held)
+raise SystemExit("as a trainer with an error")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.strip() == "as a trainer with an error"
