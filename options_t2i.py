@@ -159,6 +159,11 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     config = Path(__file__).with_name("ds_config.json")
     add(run, "ds-config", "DeepSpeed's configuration (ds_config.json)", type=Path, default=config)
     add(run, "threads", "CPU threads a rank (default: cores / ranks)", type=int)
+    plan = parser.add_argument_group("plan: what a run would need and cost; nothing is trained")
+    add(plan, "plan", "print it, and end", action="store_true")
+    add(plan, "gpus", "how many (default: 8)", type=int, default=8)
+    add(plan, "mfu", "share of the peak that is reached (default: 0.5)", type=float, default=0.5)
+    add(plan, "peak-tflops", "of one GPU (default: 989, H100 bf16)", type=float, default=989.0)
     run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     return parser
 

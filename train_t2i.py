@@ -46,6 +46,7 @@ from encoders import image_encoder, text_encoder
 from evaluate_t2i import CacheExam, Examiner, ShapesExam, gather, world_of
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 from options_t2i import build_parser, find_checkpoint, resolve, settings
+from plan_t2i import describe
 from sample_t2i import load_run
 
 BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
@@ -404,6 +405,9 @@ def main(argv: list[str] | None = None):
     args = build_parser(__doc__).parse_args(argv)
     rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
     try:
+        if args.plan:
+            print(describe(args))
+            return
         launch(args)
     except (ValueError, OSError, FloatingPointError) as error:
         # What is wrong with the arguments is wrong on every rank: one of each machine says so.

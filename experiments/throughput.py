@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import onednn
 import rf
 from auraflow import to_diffusers_config, to_theirs
 from cache import SCHEMA, Cache, TextFormat, write_shard
@@ -182,6 +183,16 @@ def step_of(network: torch.nn.Module, size: Size, device: torch.device) -> Calla
     return step
 
 
+def with_products(fast: bool, step: Callable) -> Callable:
+    """The step with onednn.py's products where the machine has them, or with PyTorch's own."""
+
+    def chosen():
+        onednn.use(None if fast else False)
+        return step()
+
+    return chosen
+
+
 def graphed(step: Callable) -> Callable:
     """The whole step as one CUDA graph: no kernel is launched from Python any more."""
     stream = torch.cuda.Stream()
@@ -210,7 +221,7 @@ def variants(size: Size, device: torch.device, dtype: torch.dtype, names: list[s
             network.compile_blocks()
         elif "compiled" in how:
             network.network = torch.compile(network.network)
-        steps[name] = step_of(network, size, device)
+        steps[name] = with_products("mkl" not in how, step_of(network, size, device))
         if "graph" in how:
             steps[name] = graphed(steps[name])
     return steps
@@ -221,6 +232,7 @@ def model(args: argparse.Namespace):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = ["ours", "ours compiled", "diffusers", "diffusers compiled"]
+    names[2:2] = ["ours mkl"] if device.type == "cpu" and onednn.available() else []
     rows = []
     for size_name in args.sizes or (["cpu"] if device.type == "cpu" else list(SIZES)[2:]):
         size = SIZES[size_name]
