@@ -13,9 +13,15 @@ from torch import Tensor
 from mmdit import Linear
 
 
+@torch.library.custom_op("t2i::product", mutates_args=())  # a black box to torch.compile
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (…, K), b (N, K) → a bᵀ + bias, (…, N)."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[0])
 
 
 class _Linear(torch.autograd.Function):
