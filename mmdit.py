@@ -238,7 +238,7 @@ class Stream(nn.Module):
         return Modulation(*six[:3]), Modulation(*six[3:])
 
     def heads(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) → q, k, v, each (B, h, L, d); q and k normed per head (2302.05442)."""
+        """x (B, L, D) → q, k, v, each (B, L, h, d); q and k normed per head (2302.05442)."""
         qkv = self.qkv(modulate(norm(x), mod.shift, mod.scale))
         q, k, v = split_heads(qkv, 3, self.head_dim)
         return norm(q), norm(k), v
@@ -282,15 +282,15 @@ class KeyValueStream(nn.Module):
 
 
 def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
-    """(B, L, parts·D) → `parts` tensors (B, h, L, d)."""
-    B, L, _ = x.shape
-    return x.view(B, L, parts, -1, head_dim).transpose(1, 3).unbind(2)
+    """(B, L, parts·D) → `parts` tensors (B, L, h, d), views: rows stay whole in memory."""
+    B, L, D = x.shape
+    return x.view(B, L, parts, D // parts // head_dim, head_dim).unbind(2)
 
 
-def join_heads(x: Tensor) -> Tensor:
-    """(B, h, L, d) → (B, L, D)."""
-    B, _, L, _ = x.shape
-    return x.transpose(1, 2).reshape(B, L, -1)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√d) v for each head: three (B, L, h, d) → (B, L, D)."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))  # (B, h, L, d), views
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -309,9 +309,9 @@ class DoubleBlock(nn.Module):
         else:
             text_attn, text_mlp = self.text.modulations(cond)
             text_q, text_k, text_v = self.text.heads(text, text_attn)
-            q = torch.cat([text_q, q], dim=2)
-        k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
-        attended = join_heads(F.scaled_dot_product_attention(q, k, v))
+            q = torch.cat([text_q, q], dim=1)
+        k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+        attended = attend(q, k, v)
         if not isinstance(self.text, KeyValueStream):
             L = text.shape[1]
             text = self.text.update(text, attended[:, :L], text_attn, text_mlp)
@@ -328,8 +328,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         attn, mlp = self.stream.modulations(cond)
-        attended = F.scaled_dot_product_attention(*self.stream.heads(tokens, attn))
-        return self.stream.update(tokens, join_heads(attended), attn, mlp)
+        attended = attend(*self.stream.heads(tokens, attn))
+        return self.stream.update(tokens, attended, attn, mlp)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,8 +34,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, weight = ctx.saved_tensors
         dx = product(g, weight.t()) if ctx.needs_input_grad[0] else None
-        g = g.flatten(0, -2)  # (M, N)
-        dw = product(g.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        x, g = x.flatten(0, -2), g.flatten(0, -2)  # (M, K), (M, N)
+        dw = None
+        if ctx.needs_input_grad[1]:  # gᵀx; the first factor is copied: let it be the smaller one
+            wide = g.shape[1] > x.shape[1]
+            dw = product(x.t(), g.t()).t() if wide else product(g.t(), x.t())
         return dx, dw, g.sum(0) if ctx.needs_input_grad[2] else None
 
 
