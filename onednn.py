@@ -13,13 +13,19 @@ from torch import Tensor
 from mmdit import Linear
 
 
-@torch.library.custom_op("t2i::product", mutates_args=())  # a black box to torch.compile
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (…, K), b (N, K) → a bᵀ + bias, (…, N)."""
+    if torch.compiler.is_compiling():
+        return _black_box(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
-@product.register_fake
+@torch.library.custom_op("t2i::product", mutates_args=())  # torch.compile does not look into it
+def _black_box(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@_black_box.register_fake
 def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[0])
 
@@ -35,11 +41,16 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = product(g, weight.t()) if ctx.needs_input_grad[0] else None
         x, g = x.flatten(0, -2), g.flatten(0, -2)  # (M, K), (M, N)
-        dw = None
-        if ctx.needs_input_grad[1]:  # gᵀx; the first factor is copied: let it be the smaller one
-            wide = g.shape[1] > x.shape[1]
-            dw = product(x.t(), g.t()).t() if wide else product(g.t(), x.t())
+        dw = _weight_gradient(x, g) if ctx.needs_input_grad[1] else None
         return dx, dw, g.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+    """gᵀ x, (N, K). oneDNN copies its first factor: it had better be the smaller one."""
+    K, N = x.shape[1], g.shape[1]
+    if max(K, N) < 192:
+        return g.t() @ x  # the copy would cost more than the product saves
+    return product(x.t(), g.t()).t() if N > K else product(g.t(), x.t())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -139,7 +139,7 @@ def aura(**changes) -> MMDiTConfig:
 
 SIZES = {
     "cpu": Size(aura(dim=384, head_dim=64, n_layers=8, n_double_layers=2, text_dim=512), 4, 32, 64),
-    "digits": Size(PRESETS["digits"], batch=256, side=28, tokens=1),
+    "digits": Size(PRESETS["digits"], batch=64, side=28, tokens=1),
     "0.2b": Size(aura(dim=768, n_layers=16, n_double_layers=2), 64, 32, 64),
     "1b": Size(aura(dim=1536, n_layers=20, n_double_layers=3), 32, 32, 64),
     "aura-width": Size(aura(n_layers=8, n_double_layers=1), 32, 32, 64),
