@@ -234,7 +234,7 @@ def model(args: argparse.Namespace):
     names = ["ours", "ours compiled", "diffusers", "diffusers compiled"]
     names[2:2] = ["ours mkl"] if device.type == "cpu" and onednn.available() else []
     rows = []
-    for size_name in args.sizes or (["cpu"] if device.type == "cpu" else list(SIZES)[2:]):
+    for size_name in args.sizes or (["cpu", "digits"] if device.type == "cpu" else list(SIZES)[2:]):
         size = SIZES[size_name]
         mine = [n for n in names if size.config.residual == "auraflow" or n[:4] == "ours"]
         steps = variants(size, device, dtype, mine)
