@@ -1,6 +1,8 @@
 """How fast, measured side by side in one run.
 
     python experiments/throughput.py model       a training step, ours against diffusers'
+    python experiments/throughput.py blocks      double or single, fused or separate, head_dim
+    python experiments/throughput.py sample      a picture: eager, compiled, one CUDA graph
     python experiments/throughput.py data        rows/s of the loader against what training takes
 
 Every number is a median over repeats after a warm-up, with its spread; ratios are of numbers from
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +34,7 @@ import rf
 from auraflow import to_diffusers_config, to_theirs
 from cache import SCHEMA, Cache, TextFormat, write_shard
 from data_t2i import KnownText, Prepared, Samples, loader
-from mmdit import PRESETS, MMDiT, MMDiTConfig
+from mmdit import PRESETS, Linear, MMDiT, MMDiTConfig
 from report_t2i import PEAK_TFLOPS
 
 MFU = 0.55  # share of the peak that a training step is taken to reach: the demand, not a claim
@@ -229,8 +232,7 @@ def variants(size: Size, device: torch.device, dtype: torch.dtype, names: list[s
 
 def model(args: argparse.Namespace):
     """A training step (loss, gradients, AdamW), ours and diffusers', against a plain product."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = place()
     names = ["ours", "ours compiled", "diffusers", "diffusers compiled"]
     names[2:2] = ["ours mkl"] if device.type == "cpu" and onednn.available() else []
     rows = []
@@ -265,6 +267,105 @@ def peak_memory(step: Callable | None, device: torch.device) -> float:
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated() / 2**30
+
+
+# ------------------------------------------------------------------------------------------------
+# blocks: what each choice of the network costs
+# ------------------------------------------------------------------------------------------------
+
+
+def apart(network: MMDiT) -> MMDiT:
+    """q, k, v and the two SwiGLU inputs as products of their own, as most implementations have."""
+    for name, module in network.named_modules():
+        parts = {"qkv": 3, "up": 2}.get(name.rpartition(".")[2])
+        if parts:
+            module.forward = partial(_apart, module, parts)
+    return network
+
+
+def _apart(module: Linear, parts: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([module.product(x, w, None) for w in module.weight.chunk(parts)], dim=-1)
+
+
+def blocks(args: argparse.Namespace):
+    """Double or single blocks of equal parameters, fused or separate matrices, head_dim."""
+    device, dtype = place()
+    size = SIZES["cpu" if device.type == "cpu" else "0.2b"]
+    base = size.config
+    streams = base.n_layers + base.n_double_layers  # a double block has two
+    shapes = {
+        f"{double} double + {streams - 2 * double} single": replace(
+            base, n_layers=streams - double, n_double_layers=double
+        )
+        for double in (0, base.n_double_layers, streams // 2)
+    }
+    shapes |= {
+        f"head_dim {d}": replace(base, head_dim=d, base_dim=base.dim)
+        for d in (64, 128, 256, base.dim)
+        if base.dim % d == 0
+    }
+    shapes |= {"separate q k v and SwiGLU": base, "compiled": base}
+    steps, flops = {}, {}
+    for name, config in shapes.items():
+        torch.manual_seed(0)
+        network = MMDiT(config).to(device, dtype)
+        flops[name] = 3 * size.batch * network.flops_per_image(size.side, size.side, size.tokens)
+        if name == "compiled":
+            network.compile_blocks()
+        network = apart(network) if name.startswith("separate") else network
+        steps[name] = with_products(True, step_of(network, size, device))
+    seconds = interleaved(steps, device, args.repeats)
+    first = f"{base.n_double_layers} double + {streams - 2 * base.n_double_layers} single"
+    rows = [
+        {"variant": name, "ms": 1e3 * median(taken), "spread": spread(taken),
+         "tflops": flops[name] / median(taken) / 1e12,
+         "time_over_base": median(taken) / median(seconds[first])}
+        for name, taken in seconds.items()
+    ]  # fmt: skip
+    report(rows, args.out / "blocks.csv")
+
+
+# ------------------------------------------------------------------------------------------------
+# sample: how long a picture takes
+# ------------------------------------------------------------------------------------------------
+
+
+def sample(args: argparse.Namespace):
+    """A guided 20-step sample: eager, compiled, and on a GPU one CUDA graph for the whole of it."""
+    device, dtype = place()
+    size, rows = SIZES["cpu" if device.type == "cpu" else "0.2b"], []
+    hows = ["eager", "compiled"] + ["graph"] * (device.type == "cuda")
+    for batch in (1, 4) if device.type == "cpu" else (1, 16):
+        steps = {}
+        for how in hows:
+            torch.manual_seed(0)
+            network = MMDiT(size.config).to(device, dtype).eval()
+            if how != "eager":
+                network.compile_blocks()
+            steps[how] = with_products(True, sampler_of(network, size, batch, device))
+            steps[how] = graphed(steps[how]) if how == "graph" else steps[how]
+        seconds = interleaved(steps, device, args.repeats)
+        rows += [
+            {"batch": batch, "variant": how, "s": median(taken), "spread": spread(taken),
+             "over_eager": median(taken) / median(seconds["eager"])}
+            for how, taken in seconds.items()
+        ]  # fmt: skip
+    report(rows, args.out / "sample.csv")
+
+
+def sampler_of(network: MMDiT, size: Size, batch: int, device: torch.device) -> Callable:
+    config, generator = size.config, torch.Generator().manual_seed(0)
+    shape = (batch, config.in_channels, size.side, size.side)
+    noise = torch.randn(shape, generator=generator).to(device)
+    text = torch.randn(batch, size.tokens, config.text_dim, generator=generator)
+    text = text.to(device, next(network.parameters()).dtype)
+    null = torch.zeros_like(text[:1])
+    return lambda: rf.sample(network, noise, text, null_text=null, cfg=3.0, steps=20)
+
+
+def place() -> tuple[torch.device, torch.dtype]:
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------
@@ -379,8 +480,11 @@ def main(argv: list[str] | None = None):
     part = commands.add_parser("model", help=model.__doc__)
     part.add_argument("--sizes", nargs="+", choices=list(SIZES), help="(default: the device's)")
     part.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
+    for name, repeats in (("blocks", 9), ("sample", 5)):
+        part = commands.add_parser(name, help=globals()[name].__doc__)
+        part.add_argument("--repeats", type=int, default=repeats, help=f"(default: {repeats})")
     args = parser.parse_args(argv)
-    {"data": data, "model": model}[args.command](args)
+    {"model": model, "blocks": blocks, "sample": sample, "data": data}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import csv
 
 import pytest
 import throughput
+import torch
 
 from cache import TextFormat
+from mmdit import MMDiT, MMDiTConfig
 
 
 def rows(path):
@@ -39,3 +41,41 @@ def test_the_made_up_cache_is_a_cache(tmp_path):
     cache = throughput.made_up_cache(tmp_path, 32, TextFormat(8, 2048), 5, 16)
     row = cache.row(cache.shards[1], 2)
     assert row.image.shape == (2, 4, 4, 4) and row.features[0].shape == (5, 2048)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every size small enough for a test."""
+    config = MMDiTConfig(
+        dim=128, head_dim=64, n_layers=3, n_double_layers=1, text_dim=16, max_grid=4,
+        residual="auraflow", base_dim=64,
+    )  # fmt: skip
+    for name in throughput.SIZES:
+        monkeypatch.setitem(throughput.SIZES, name, throughput.Size(config, 2, 8, 4))
+    monkeypatch.setattr(MMDiT, "compile_blocks", lambda self, **kwargs: None)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+
+
+@pytest.mark.parametrize("command, variants", [
+    ("model", {"ours", "ours compiled", "diffusers", "diffusers compiled", "plain product"}),
+    ("blocks", {"1 double + 2 single", "0 double + 4 single", "2 double + 0 single", "head_dim 64",
+                "head_dim 128", "separate q k v and SwiGLU", "compiled"}),
+    ("sample", {"eager", "compiled"}),
+])  # fmt: skip
+def test_every_variant_has_its_row(tmp_path, tiny, command, variants):
+    throughput.main(["--out", str(tmp_path), command, "--repeats", "2"])
+    found = rows(tmp_path / f"{command}.csv")
+    assert {row["variant"] for row in found} - {"ours mkl"} == variants
+    assert all(float(row.get("ms") or row["s"]) > 0 for row in found)
+
+
+def test_separate_matrices_are_the_same_network(tiny):
+    config = throughput.SIZES["cpu"].config
+    torch.manual_seed(0)
+    model = MMDiT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 4, 16)
+    with torch.no_grad():
+        expected = model(*inputs)
+        assert torch.allclose(throughput.apart(model)(*inputs), expected, atol=1e-4)
