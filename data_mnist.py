@@ -117,6 +117,8 @@ class Batch(NamedTuple):
     data: Tensor  # (B, C, H, W) fp32 in [−1, 1]
     labels: Tensor  # (B,) int64, some replaced by the null label
     generator: torch.Generator  # at the place where the step's noise and time come from
+    noise: Tensor | None = None  # like data; pairs (pairs.py) bring it, and
+    t: Tensor | None = None  # (B,) fp32
 
 
 class Batches:

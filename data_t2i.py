@@ -36,6 +36,7 @@ import rf
 from cache import Bucket, Cache, Ragged, Row, Shard, Use
 from data_mnist import mix_seed
 from encoders import Pixels, image_encoder
+from pairs import Pairs
 
 GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
 
@@ -55,10 +56,14 @@ class Shuffled:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "epoch", epoch))
         return torch.randperm(len(self.pictures), generator=generator)
 
+    def at(self, position: int) -> int:
+        """The number of the picture that stands there."""
+        epoch, place = divmod(position, len(self.pictures))
+        return int(self.permutation(epoch)[place])
+
     def fetch(self, position: int, dropped: bool) -> tuple[Tensor, str]:
         """→ image (3, H, W) uint8, and its caption, empty if dropped."""
-        epoch, place = divmod(position, len(self.pictures))
-        picture, caption = self.pictures[int(self.permutation(epoch)[place])]
+        picture, caption = self.pictures[self.at(position)]
         return torch.from_numpy(picture), "" if dropped else caption
 
 
@@ -291,7 +296,7 @@ class KnownText:
 class Batch(NamedTuple):
     """What the workers make; encode() turns it into what the flow takes."""
 
-    images: Tensor  # (B, 3, H, W) uint8, or what a cache stores: (B, 2 or 1, C, h, w) fp16
+    images: Tensor  # (B, 3, H, W) uint8, what a cache stores, (B, 2 or 1, C, h, w) fp16, or data
     text: Tensor | Ragged | list[str]  # (B, T, E) fp32; what a cache stores; captions to encode
     t: Tensor  # (B,) fp32
     noise: Tensor  # (B, C, h, w) fp32
@@ -309,7 +314,8 @@ def encode(batch: Batch, image, text, device) -> tuple[Tensor, Tensor, Tensor, T
         x if x is None else x.to(device, non_blocking=True)
         for x in (batch.images, features, batch.t, batch.noise, batch.grain)
     )
-    return image.encode(images, grain), features, t, noise
+    data = images if images.dtype == torch.float32 else image.encode(images, grain)
+    return data, features, t, noise
 
 
 class Samples(Dataset):
@@ -326,7 +332,6 @@ class Samples(Dataset):
             self.text = text.format.join
         self.channels, self.factor, self.random = image.channels, image.factor, image.random
         self.distribution, self.shift = distribution, shift
-        self.first_u = np.random.default_rng((seed, 1)).random()
 
     def __getitems__(self, positions: list[int]) -> Batch:
         images, captions, noise, grain, generator = [], [], [], [], torch.Generator()
@@ -342,12 +347,47 @@ class Samples(Dataset):
             noise.append(torch.randn(shape, generator=generator))
             if self.random:
                 grain.append(torch.randn(shape, generator=generator))
-        # Neighbouring positions get times a golden step apart: every batch covers all of time
-        # evenly, whichever rank it lies on (a stratified draw that needs no batch).
-        u = (self.first_u + np.array(positions, float) * GOLDEN) % 1
-        t = rf.time_at(torch.tensor(u, dtype=torch.float32), self.distribution, self.shift)
+        t = rf.time_at(golden(self.seed, positions), self.distribution, self.shift)
         grain = torch.stack(grain) if self.random else None
         return Batch(torch.stack(images), self.text(captions), t, torch.stack(noise), grain)
+
+
+def golden(seed: int, positions: list[int]) -> Tensor:
+    """u (B,) fp32 in [0, 1) for the time. Neighbouring positions lie a golden step apart: every
+    batch covers all of time evenly, whichever rank it lies on (a stratified draw without a batch).
+    """
+    u = np.random.default_rng((seed, 1)).random() + np.array(positions, float) * GOLDEN
+    return torch.tensor(u % 1, dtype=torch.float32).clamp(max=1 - 2**-24)
+
+
+class PairSamples(Dataset):
+    """The row of samples where they are pairs: positions → a Batch of straight pieces (reflow).
+
+    held: the pairs kept from training, each at one of eight times: t = (position % 8) / 8.
+    """
+
+    def __init__(
+        self, pairs: Pairs, text, *, seed: int, segments: int = 1, distribution: str = "u_shaped",
+        held: bool = False,
+    ):  # fmt: skip
+        self.pairs, self.seed, self.held = pairs, seed, held
+        self.text = text if text.in_workers else list
+        self.segments, self.distribution = segments, distribution
+        self.shift = pairs.about["shift"]
+        self.order = Shuffled(range(len(pairs) - pairs.held), seed)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        first_held = len(self.pairs) - self.pairs.held
+        rows = [first_held + p if self.held else self.order.at(p) for p in positions]
+        states, captions = zip(*(self.pairs.row(row) for row in rows), strict=True)
+        states = self.pairs.coarser(torch.stack(states), self.segments)
+        if self.held:
+            t = torch.tensor(positions) % 8 / 8
+        else:
+            u = golden(self.seed, positions)
+            t = rf.segment_time(u, self.segments, self.distribution, self.shift)
+        data, noise = rf.segment_line(states, t, self.shift)
+        return Batch(data, self.text(list(captions)), t, noise, None)
 
 
 class RankPositions:

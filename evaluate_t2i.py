@@ -19,11 +19,11 @@ import report_t2i as report
 import rf
 import shapes
 from cache import Cache
-from data_t2i import HeldOut, KnownText, Samples, Shuffled, encode
+from data_t2i import HeldOut, KnownText, PairSamples, Samples, Shuffled, encode
+from pairs import Pairs
 from sample_t2i import captioned_grid, draw, fixed_noise, obeyed, scores, shapes_prompts
 
 VALIDATION_SAMPLES = 512  # of shapes: 64 at each of eight times
-SAMPLER_STEPS = 20  # of the pictures
 EVAL_BATCH = 128  # images at a time
 COLUMNS, ROWS = 6, 4  # of samples.png; the first two rows are a row of progress.png
 
@@ -35,10 +35,10 @@ def world_of(args: Namespace) -> shapes.World:
 class ShapesExam:
     """Held-out samples and prompts of the world of shapes."""
 
-    scored = True
+    scored, count = True, VALIDATION_SAMPLES
 
     def __init__(self, args: Namespace, text, image):
-        self.args, world = args, world_of(args)
+        world = world_of(args)
         source = Shuffled(shapes.Shapes(world, args.seed, held=True), args.seed)
         self.samples = Samples(source, text, image, seed=args.seed, dropout=0.0, shift=args.shift)
         self.prompts = shapes_prompts(world, args.eval_prompts)
@@ -50,8 +50,7 @@ class ShapesExam:
         self.shown = [t * args.eval_prompts + i for i in range(rows) for t in tags]
 
     def batches(self, size: int) -> list[list[int]]:
-        positions = list(range(VALIDATION_SAMPLES))
-        return [positions[i : i + size] for i in range(0, len(positions), size)]
+        return [list(range(i, min(i + size, self.count))) for i in range(0, self.count, size)]
 
     def t_index(self, positions: list[int]) -> Tensor:
         return torch.tensor(positions) % 8
@@ -61,6 +60,30 @@ class ShapesExam:
 
     def scores(self, obeys: list[bool]) -> dict[str, float]:
         return scores(self.prompts, obeys)
+
+
+class ShapesPairsExam(ShapesExam):
+    """Held-out pairs for the loss, for the scores the same prompts as ever."""
+
+    def __init__(self, args: Namespace, text, image, pairs: Pairs):
+        super().__init__(args, text, image)
+        self.count = pairs.held
+        self.samples = PairSamples(pairs, text, seed=args.seed, segments=args.segments, held=True)
+
+
+class CaptionPairsExam:
+    """Held-out pairs whose captions nobody can score: their loss, and pictures of some."""
+
+    scored, t_index = False, ShapesExam.t_index
+    batches = ShapesExam.batches
+
+    def __init__(self, args: Namespace, text, image, pairs: Pairs):
+        self.count = pairs.held
+        self.samples = PairSamples(pairs, text, seed=args.seed, segments=args.segments, held=True)
+        first = len(pairs) - pairs.held
+        captions = [pairs.row(first + i)[1] for i in range(min(pairs.held, COLUMNS * ROWS))]
+        self.captions, self.shown = captions, list(range(len(captions)))
+        self.latent = tuple(pairs.about["shape"])
 
 
 class CacheExam:
@@ -91,7 +114,7 @@ class CacheExam:
 class Examiner:
     """Asks an exam of a model, each rank its share."""
 
-    def __init__(self, exam: ShapesExam | CacheExam, args: Namespace, text, image, device, group):
+    def __init__(self, exam, args: Namespace, text, image, device, group):
         self.exam, self.args, self.text, self.image = exam, args, text, image
         self.device, self.group = device, group  # group: for what lies in host memory
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -123,7 +146,7 @@ class Examiner:
             noise = fixed_noise(len(exam.captions), exam.latent, args.seed)[mine]
             pictures = draw(
                 model, [exam.captions[i] for i in mine], noise, text=self.text, image=self.image,
-                device=self.device, batch=EVAL_BATCH, cfg=args.cfg, steps=SAMPLER_STEPS,
+                device=self.device, batch=EVAL_BATCH, cfg=args.cfg, steps=args.sample_steps,
                 shift=args.shift,
             )  # fmt: skip
             obeys = exam.obeyed(pictures, mine) if exam.scored else obeys

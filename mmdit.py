@@ -121,7 +121,7 @@ PRESETS |= {f"{name}-wide": replace(PRESETS[name], dim=256) for name in ("digits
 class Linear(nn.Linear):
     """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector"."""
 
-    product = staticmethod(F.linear)  # onednn.py has a faster one for some CPUs
+    product = staticmethod(F.linear)  # cpu.py has a faster one for some CPUs
 
     def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False):
         super().__init__(fan_in, fan_out, bias=bias)

@@ -14,6 +14,7 @@ import zero
 from cache import Stage, load_caches
 from evaluate_t2i import world_of
 from mmdit import RESIDUALS
+from pairs import Pairs
 from sample_t2i import find_weights, run_settings
 
 # What a machine can do in a while; the network is mmdit's preset of the same name.
@@ -21,8 +22,11 @@ COMMON = {
     "text_encoder": "hash", "text_tokens": shapes.MAX_WORDS, "vae": "pixels", "seed": 0, "lr": 4e-3,
     "weight_decay": 0.0, "shift": 2.0, "cfg": 3.0, "micro_batch": None, "save_minutes": None,
     "target_eval_loss": None, "max_bad_steps": 20, "keep": 3, "eval_prompts": 50, "data": [],
-    "data_weights": [], "window": 4,
+    "data_weights": [], "window": 4, "time": "logit_normal", "loss": "mse", "segments": 1,
+    "sample_steps": 20, "pairs": None,
 }  # fmt: skip
+# With pairs: RF++'s time, and no guidance, which is in the pairs already.
+PAIRS_DEFAULTS = {"time": "u_shaped", "cfg": 1.0}
 RECIPES = {
     # two CPU cores, 25 minutes: a small world, 25 image tokens
     "tiny": {
@@ -61,7 +65,8 @@ RECIPES["tiny-wide"] = RECIPES["tiny"]  # 256 wide: a second width for the same 
 SETTINGS = (  # what a resumed run must share with the first
     "preset", "residual", "size", "shapes", "colors", "places", "text_encoder", "text_tokens",
     "vae", "data_id", "data_weights", "window", "seed", "batch_size", "samples", "lr",
-    "weight_decay", "warmup_samples", "cooldown_samples", "shift", "precision",
+    "weight_decay", "warmup_samples", "cooldown_samples", "shift", "precision", "time", "loss",
+    "segments", "pairs_id",
 )  # fmt: skip
 FROM_DATA = ("size", "text_encoder", "text_tokens", "vae")  # what a cache has settled
 REMEMBERED = (
@@ -72,6 +77,8 @@ REMEMBERED = (
     "eval_prompts",
     "eval_every_samples",
     "micro_batch",
+    "sample_steps",
+    "pairs",
 )
 
 
@@ -84,7 +91,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(data_id=[], text_format=None)
+    parser.set_defaults(data_id=[], text_format=None, pairs_id=None)
 
     def add(group, name, help_text, **kwargs):
         key = name.replace("-", "_")
@@ -139,13 +146,25 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add(training, "cooldown-samples", "at the end, a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
     add(training, "shift", "more time near the noise if above 1", type=float)
+    add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
+    add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)
     add(training, "max-bad-steps", "stop after so many steps in a row not finite", type=int)
+
+    reflow = parser.add_argument_group("reflow: straighter paths, fewer steps (pairs.py)")
+    add(reflow, "pairs", "folder of pairs to train on; then --time u_shaped, --cfg 1")
+    add(
+        reflow,
+        "segments",
+        "straight pieces of a path; with --time start, steps of the result",
+        type=int,
+    )
 
     evaluation = parser.add_argument_group("evaluation")
     add(evaluation, "eval-every-samples", "samples between evaluations", type=int)
     add(evaluation, "eval-prompts", "scored prompts of each of the six tags", type=int)
     add(evaluation, "cfg", "guidance of the scored pictures", type=float)
+    add(evaluation, "sample-steps", "solver steps of these pictures", type=int)
     add(evaluation, "target-eval-loss", "stop when the validation loss is reached", type=float)
 
     run = parser.add_argument_group("run")
@@ -200,7 +219,8 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
     native: what --precision auto means here.
     """
     saved = record["settings"] if record else {}
-    older = {} if record or not args.init else take_from_init(args)
+    older = take_from_pairs(args, saved)
+    older |= {} if record or not args.init else take_from_init(args)
     preset = args.preset or saved.get("preset") or older.get("preset", "tiny")
     if preset not in RECIPES:
         raise ValueError(f"--preset {preset!r} must be one of {', '.join(RECIPES)}")
@@ -217,12 +237,12 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
             )
     for key in ("samples", "batch_size", "size", "text_tokens", "eval_every_samples",
                 "save_every_samples", "keep", "max_bad_steps", "eval_prompts", "most_at_once",
-                "micro_batch", "threads", "window"):  # fmt: skip
+                "micro_batch", "threads", "window", "segments", "sample_steps"):  # fmt: skip
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     for key, names in {
         "compile": ("auto", "on", "off"), "precision": ("auto", "bf16", "fp32"),
-        "residual": (None, *RESIDUALS),
+        "residual": (None, *RESIDUALS), "time": rf.TIME_DISTRIBUTIONS, "loss": rf.LOSSES,
     }.items():  # fmt: skip
         if getattr(args, key) not in names:
             names = ", ".join(str(name) for name in names if name)
@@ -235,7 +255,11 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
             f"--data-weights has {len(args.data_weights)} numbers, must have one for each of the"
             f" {len(args.data)} --data"
         )
-    if not args.data:
+    if args.pairs:
+        check_pairs(args)
+    elif args.segments > 1:
+        raise ValueError(f"--segments {args.segments} is for training on --pairs: give them")
+    if not args.data and args.shapes:
         world_of(args)
 
 
@@ -265,6 +289,34 @@ def take_from_data(args: argparse.Namespace, saved: dict):
         setattr(args, key, value)
 
 
+def take_from_pairs(args: argparse.Namespace, saved: dict) -> dict:
+    """Encoders, world and shift of the run that made the pairs; what they change besides."""
+    args.pairs = args.pairs or saved.get("pairs")
+    if not args.pairs:
+        return {}
+    if args.data:
+        raise ValueError("--pairs and --data exclude each other: pairs bring their captions along")
+    pairs = Pairs(args.pairs)
+    args.pairs_id, about = pairs.id, pairs.about
+    if about["words"] != "captions":
+        raise ValueError(f"--pairs {args.pairs} has labels: train_mnist.py takes them")
+    segments = args.segments or saved.get("segments") or 1
+    steps = {"sample_steps": segments} if segments > 1 or args.time == "start" else {}
+    keys = ("preset", "residual", "shift", "shapes", "colors", "places", *FROM_DATA)
+    scored = about["prompts"] is None  # shapes' own captions
+    run = {key: about["run"].get(key) for key in keys}
+    return run | PAIRS_DEFAULTS | steps | ({} if scored else {"shapes": 0})
+
+
+def check_pairs(args: argparse.Namespace):
+    """Pairs were made for one grid of times, and so many segments."""
+    about = Pairs(args.pairs).about
+    if about["segments"] % args.segments:
+        raise ValueError(f"--segments {args.segments} must divide --pairs' {about['segments']}")
+    if args.shift != about["shift"]:
+        raise ValueError(f"--shift {args.shift} must be that of --pairs, {about['shift']}")
+
+
 def take_from_init(args: argparse.Namespace) -> dict:
     """The older run's network and encoders, and its time shift made fit for the new size.
 
@@ -273,4 +325,6 @@ def take_from_init(args: argparse.Namespace) -> dict:
     run = run_settings(find_weights(args.init))
     found = {key: run[key] for key in ("preset", "residual", "cfg", *FROM_DATA) if key in run}
     size = load_caches(args.data, args.stage)[0].manifest["size"] if args.data else args.size
-    return found | {"shift": run["shift"] * (size or run["size"]) / run["size"]}
+    scale = (size or run["size"]) / run["size"]
+    found |= {} if args.pairs else {"shift": run["shift"] * scale}  # pairs settle shift and cfg
+    return {k: v for k, v in found.items() if not (args.pairs and k == "cfg")}

@@ -73,6 +73,8 @@ TIME_DISTRIBUTIONS = {  # name → inverse of the distribution function, u in (0
     "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
     # both ends: for reflow, where the middle is easy. F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
     "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,
+    # only where the walk begins: distillation, the velocity of one step is all that is learned
+    "start": torch.ones_like,
 }
 
 
@@ -107,7 +109,7 @@ def sample_time(
 ) -> Tensor:
     """Training times t (B,) fp32, each strictly inside (0, 1).
 
-    distribution: "logit_normal", "uniform" or "u_shaped"; then moved by shift_time.
+    distribution: a name in TIME_DISTRIBUTIONS; then moved by shift_time.
     stratified: sample i draws from the i-th of B slices of equal probability, so that a batch
     covers all of time and its loss varies less; over shuffled samples the distribution is the same.
     """
@@ -341,6 +343,78 @@ def straightness(
     path = path.reshape(steps + 1, len(noise), -1)  # (S+1, B, dim)
     velocities = (path[:-1] - path[1:]) * steps  # (S, B, dim): d x / d t, t falls by 1/S a step
     return (path[0] - path[-1] - velocities).square().sum(2).mean(0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reflow: straighten the paths, so that few steps are enough
+# ------------------------------------------------------------------------------------------------
+
+
+def reflow_states(
+    model: Model, noise: Tensor, text: Tensor, *, segments: int = 1, steps: int = 50, **options
+) -> Tensor:
+    """Where the model takes this noise: what the next flow is trained on, (B, segments + 1, ...).
+
+    The first state is the noise, the last the data that the model makes of it. Trained on lines
+    between such pairs (rf_loss), a new flow has straighter paths and no higher transport cost, and
+    the same samples (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7): its lines cross less.
+    With K segments the states between, at timesteps(K, shift), come along, so that only pieces of
+    the path need to become straight (PeRFlow, 2405.07510): for K steps instead of one.
+    options: as of sample; guidance is folded in: the new flow needs none (InstaFlow, 2309.06380).
+    Raises ValueError if segments do not divide steps.
+    """
+    if segments < 1 or steps % segments:
+        raise ValueError(f"steps = {steps} must be a multiple of segments = {segments}")
+    path = sample(model, noise, text, steps=steps, return_trajectory=True, **options)
+    return path[:: steps // segments].transpose(0, 1)
+
+
+def segment_time(
+    u: Tensor, segments: int = 1, distribution: str = "uniform", shift: float = 1.0
+) -> Tensor:
+    """Training times for lines of several pieces: u (B,) in [0, 1) → t (B,) in (0, 1).
+
+    The first digit of u in base K picks the piece, from the noise on, the rest of it the time
+    inside by `distribution` (TIME_DISTRIBUTIONS). "start" makes it distillation in K steps.
+    """
+    times = torch.tensor(timesteps(segments, shift), device=u.device)  # (K + 1,), from 1 to 0
+    k = (u * segments).long().clamp(max=segments - 1)
+    above, below = times[k], times[k + 1]
+    inside = time_at(u * segments - k, distribution)
+    return (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
+
+
+def segment_line(states: Tensor, t: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The straight piece on which t lies, extended to its ends: → data, noise for rf_loss.
+
+    states (B, K + 1, ...) of reflow_states, made with the same shift; t (B,). So x_t is on the
+    piece and noise − data its slope, whatever K is; with K = 1 it is the pair itself.
+    """
+    K = states.shape[1] - 1
+    if K == 1:
+        return states[:, 1], states[:, 0]
+    times = torch.tensor(timesteps(K, shift), device=states.device)
+    k = (times[1:-1] > t[:, None]).sum(1)  # (B,): how many pieces lie above
+    rows = torch.arange(len(states), device=states.device)
+    upper, lower = states[rows, k], states[rows, k + 1]
+    velocity = (upper - lower) / _per_sample(times[k] - times[k + 1], upper)
+    data = lower - _per_sample(times[k + 1], lower) * velocity
+    return data, data + velocity
+
+
+def annealed_noise(noise: Tensor, fresh: Tensor, beta: float) -> Tensor:
+    """√(1 − β²)·noise + β·fresh: from the first flow's coupling (β = 1: any noise with any data) to
+    the reflowed one (β = 0), so that reflow starts where the first flow ended (SlimFlow,
+    2407.12718, section 3.1). noise, fresh (B, ...) ~ N(0, 1), and so is the result.
+    """
+    _same_shape(noise, fresh)
+    return math.sqrt(1 - beta * beta) * noise + beta * fresh
+
+
+def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
+    """‖noise − data‖² of pairs, (B,): reflow never raises the mean (2209.03003, Theorem 3.5)."""
+    _same_shape(data, noise)
+    return (noise - data).reshape(len(data), -1).square().sum(1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import onednn
+import cpu
 import rf
 import shapes
 from auraflow import (
@@ -85,6 +85,40 @@ def draw(
         else:
             pictures.append(image.decode(x).cpu())
     return torch.cat(pictures, dim=1 if options.get("return_trajectory") else 0)
+
+
+class Graphed:
+    """The network as a CUDA graph, captured once for each shape: a solver step is then one launch
+    and a few small operations, not thousands of launches from Python. Static shapes, no gradients.
+    """
+
+    WARM_UP = 3  # runs beside the capture, in which libraries choose kernels and take their memory
+
+    def __init__(self, model: rf.Model):
+        self.model, self.captured = model, {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        shapes = (x.shape, text.shape)
+        if shapes not in self.captured:
+            self.captured[shapes] = self.capture(x, t, text)
+        graph, inputs, velocity = self.captured[shapes]
+        for kept, given in zip(inputs, (x, t, text), strict=True):
+            kept.copy_(given)
+        graph.replay()
+        return velocity.clone()  # the next replay writes over it
+
+    def capture(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        inputs, side = [x.clone() for x in given], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self.model(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            velocity = self.model(*inputs)
+        return graph, inputs, velocity
 
 
 def picture_grid(pictures: Tensor, columns: int, side: int = 96):
@@ -194,7 +228,7 @@ class AsStored(NamedTuple):
 class Painter(NamedTuple):
     """All that turns prompts into pictures; `settings` are those of the run."""
 
-    model: MMDiT
+    model: MMDiT | Graphed
     text: HashText | HuggingFaceText
     image: Pixels | VAE
     settings: dict
@@ -207,7 +241,13 @@ class Painter(NamedTuple):
         if run.get("text_format"):
             text = AsStored(text, TextFormat(**run["text_format"]))
         origin = f"{find_weights(path, ema)} after {run.get('samples_seen')} samples"
-        return cls(model, text, image_encoder(run["vae"], device), {"steps": 20} | run, origin)
+        return cls(
+            model,
+            text,
+            image_encoder(run["vae"], device),
+            {"steps": run.get("sample_steps", 20)} | run,
+            origin,
+        )
 
     @classmethod
     def of_auraflow(cls, name: str, device) -> "Painter":
@@ -363,6 +403,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", help="which average, say 0.05 or 0.10 (default: the narrowest)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--batch", type=int, default=128, help="images at a time (default: 128)")
+    add("--cudagraphs", action="store_true", help="launch the network as a CUDA graph (GPUs)")
     add("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
     add("--out", type=Path, default=Path("out.png"), help="the picture (default: out.png)")
     add("--gif", action="store_true", help="also the way from noise to image, beside --out")
@@ -415,8 +456,10 @@ def launch(args: argparse.Namespace):
     from train_mnist import choose_device
 
     check(args)
-    onednn.use()
+    cpu.tune()
     device = choose_device(args.device)
+    if args.cudagraphs and device.type != "cuda":
+        raise ValueError(f"--cudagraphs needs a CUDA device, this is {device}: drop it")
     rows = read_metadata(args.geneval) if args.geneval else []
     prompts = [row["prompt"] for row in rows]
     if not (args.geneval or args.score or args.export):
@@ -429,6 +472,8 @@ def launch(args: argparse.Namespace):
         export(painter, args.export[0], Path(args.export[1]))
         print(f"wrote {args.export[1]}")
         return
+    if args.cudagraphs:
+        painter = painter._replace(model=Graphed(painter.model))
     _, text, image, run, _ = painter
     if args.score and (run.get("data") or "shapes" not in run):
         raise ValueError(f"--score shapes: {args.run or args.auraflow} was not trained on shapes")
@@ -469,7 +514,7 @@ def score(painter: Painter, args: argparse.Namespace, size: tuple[int, int], opt
 
 def paint(painter: Painter, args, captions: list[str], size: tuple[int, int], options: dict):
     """--images pictures of each caption, as a grid, and the way to them as a GIF."""
-    from train_mnist import save_gif
+    from pictures_mnist import save_gif
 
     each = [caption for caption in captions for _ in range(args.images)]
     noise = fixed_noise(len(each), (painter.image.channels, *size), args.seed)

@@ -3,6 +3,7 @@
     python train_mnist.py                          MNIST, or glyphs where it cannot be downloaded
     python train_mnist.py --dataset cifar10        colour
     python train_mnist.py --dataset folder --data-dir my_images --size 32
+    python train_mnist.py --pairs P --init RUN     straighten a finished run (pairs.py makes P)
     python train_mnist.py --resume                 continue where the last run stopped
     python train_mnist.py --dry-run                the whole path in one step
 
@@ -13,6 +14,7 @@ Read the loop in train(): everything else in this file serves it.
 
 import argparse
 import csv
+import json
 import os
 import signal
 import sys
@@ -23,24 +25,16 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import onednn
+import cpu
 import rf
-from data_mnist import (
-    SOURCES,
-    Batches,
-    ImageSet,
-    OneHotText,
-    fingerprint,
-    load_images,
-    to_bytes,
-    to_unit,
-)  # fmt: skip
-from mmdit import PRESETS, MMDiT, MMDiTConfig, save_model
+from data_mnist import SOURCES, Batches, ImageSet, OneHotText, fingerprint, load_images
+from mmdit import PRESETS, MMDiT, MMDiTConfig, load_model, save_model
+from pairs import PairBatches, Pairs
+from pictures_mnist import draw_pictures
 
 FILES = (  # what a run leaves in its folder
     "checkpoint.pt", "log.csv", "config.json", "model.safetensors", "samples.png", "samples.gif",
@@ -51,7 +45,6 @@ LOG_COLUMNS = ("step", "loss", "grad_norm", "lr")
 BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
 CLIP = 1.0  # global gradient norm
 CAPTION_DROPOUT = 0.1  # share of samples that learn the unconditional velocity, for guidance
-T_BINS = 10  # bars of the loss-against-t picture
 
 # What a device can do in a few minutes. On two CPU cores a token is the currency.
 DEFAULTS = {
@@ -66,10 +59,7 @@ def train(args: argparse.Namespace, dataset: ImageSet, device: torch.device, out
     if args.resume:
         run.load(out / "checkpoint.pt")
     run.log.open(out / "log.csv")
-    batches = Batches(
-        dataset, args.batch_size, seed=args.seed, flip=args.dataset == "cifar10",
-        dropout=CAPTION_DROPOUT, device=device,
-    )  # fmt: skip
+    batches = batches_of(args, dataset, device)
     stop = StopSignal()
     bar = tqdm(total=args.steps, initial=run.step, unit="step", desc="training", smoothing=0.05)
     with bar, stop:
@@ -92,13 +82,15 @@ def train(args: argparse.Namespace, dataset: ImageSet, device: torch.device, out
 
 def train_step(run: "Run", batch, lr_scale: float):
     """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². Reads nothing back from the device."""
-    t = rf.sample_time(
-        len(batch.data), shift=run.args.shift, stratified=True, generator=batch.generator,
-        device=batch.data.device,
-    )  # fmt: skip
-    noise = torch.randn(batch.data.shape, generator=batch.generator, device=batch.data.device)
+    data, t, noise, args = batch.data, batch.t, batch.noise, run.args
+    random = {"generator": batch.generator, "device": data.device}
+    if noise is None:  # any noise with any data; pairs (reflow) bring their own, and a time
+        t = rf.sample_time(
+            len(data), distribution=args.time, shift=args.shift, stratified=True, **random
+        )
+        noise = torch.randn(data.shape, **random)
     text = run.text(batch.labels)
-    loss = rf.rf_loss(run.model, batch.data, text, t=t, noise=noise).mean()
+    loss = rf.rf_loss(run.model, data, text, t=t, noise=noise, loss=args.loss).mean()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP)
     for group, base_lr in zip(run.optimizer.param_groups, run.base_lrs, strict=True):
@@ -106,6 +98,21 @@ def train_step(run: "Run", batch, lr_scale: float):
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.log.write(run.step, loss.detach(), grad_norm)
+
+
+def batches_of(args: argparse.Namespace, dataset: ImageSet, device: torch.device) -> Batches:
+    """Images with dropped labels, or pairs, whose guidance is folded in already."""
+    if args.pairs is None:
+        flip = args.dataset == "cifar10"
+        return Batches(
+            dataset, args.batch_size, seed=args.seed, flip=flip, dropout=CAPTION_DROPOUT,
+            device=device,
+        )  # fmt: skip
+    return PairBatches(
+        Pairs(args.pairs), len(dataset.classes), args.batch_size, seed=args.seed,
+        distribution=args.time, shift=args.shift, segments=args.segments,
+        anneal=round(args.anneal * args.steps), device=device,
+    )  # fmt: skip
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -128,6 +135,8 @@ class Run:
         self.text = OneHotText(len(dataset.classes), device)
         torch.manual_seed(args.seed)  # the initial weights; no step draws from global state
         self.model = MMDiT(model_config(args, dataset)).to(device)
+        if args.init is not None and not args.resume:
+            continue_from(self.model, args.init)
         if args.compile:
             self.model.compile_blocks()
         groups = self.model.param_groups(args.lr, args.weight_decay)
@@ -141,6 +150,7 @@ class Run:
         """Every option as it was resolved, and which images they were."""
         options = {key: getattr(self.args, key) for key in (*COMMON, *DEFAULTS["cpu"])}
         options |= {"dataset": self.source, "data_dir": str(self.args.data_dir)}
+        options |= {key: options[key] and str(options[key]) for key in ("pairs", "init")}
         return options | {"images": self.images}
 
     def ema_model(self) -> MMDiT:
@@ -218,6 +228,17 @@ def model_config(args: argparse.Namespace, dataset: ImageSet) -> MMDiTConfig:
         config, in_channels=channels, patch_size=patch, max_grid=max(height, width) // patch,
         text_dim=len(dataset.classes) + 1, residual=args.residual,
     )  # fmt: skip
+
+
+def continue_from(model: MMDiT, folder: Path):
+    """Start from a run's averaged weights. ValueError if they are of another network."""
+    older = load_model(folder)
+    if older.config != model.config:
+        theirs, ours = asdict(older.config), asdict(model.config)
+        differs = ", ".join(f"{k} {theirs[k]} there, {v} here" for k, v in ours.items()
+                            if theirs[k] != v)  # fmt: skip
+        raise ValueError(f"--init {folder} holds another network ({differs}): drop it, or adapt")
+    model.load_state_dict(older.state_dict())
 
 
 class Log:
@@ -312,97 +333,6 @@ def show(bar: tqdm, run: Run, batch_size: int):
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
-
-
-def draw_pictures(run: Run, held_out: ImageSet, out: Path):
-    """samples.png, samples.gif and loss.png, from the averaged weights."""
-    args, model = run.args, run.ema_model()
-    columns = min(10, len(run.classes))
-    labels = torch.arange(10 * columns, device=run.device) % columns  # a column a class
-    config, generator = model.config, torch.Generator().manual_seed(args.seed)
-    shape = (len(labels), config.in_channels, *held_out.images.shape[2:])
-    path = rf.sample(
-        model, torch.randn(shape, generator=generator).to(run.device), run.text(labels),
-        null_text=run.text.null_text, cfg=args.cfg, steps=args.sample_steps, solver=args.solver,
-        shift=args.shift, return_trajectory=True, progress=True,
-    )  # fmt: skip
-    names = run.classes[:columns]
-    save_grid(path[-1], names, out / "samples.png")
-    save_gif(path, columns, out / "samples.gif")
-    plot_loss(run.log.rows, loss_against_t(run, model, held_out), out / "loss.png")
-
-
-def grid(images: Tensor, columns: int) -> np.ndarray:
-    """(B, C, H, W) in [−1, 1], B = rows·columns → one picture (H, W, 3) uint8."""
-    from torchvision.utils import make_grid
-
-    return make_grid(to_bytes(images.cpu()), nrow=columns, padding=1).permute(1, 2, 0).numpy()
-
-
-def save_grid(images: Tensor, names: list[str], path: Path):
-    import matplotlib.pyplot as plt
-
-    picture, width = grid(images, len(names)), images.shape[-1] + 1
-    figure, axes = plt.subplots(figsize=(0.7 * len(names) + 0.4, 7.4))
-    axes.imshow(picture, interpolation="nearest")
-    axes.xaxis.tick_top()
-    axes.set_xticks([width * (i + 0.5) for i in range(len(names))], names)
-    axes.tick_params(length=0)
-    axes.set_yticks([])
-    axes.set_frame_on(False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
-
-
-def save_gif(path: Tensor, columns: int, file: Path):
-    """path (steps + 1, B, C, H, W) from noise to data, as a looping animation."""
-    from PIL import Image
-
-    frames = [Image.fromarray(grid(images, columns)) for images in path]
-    factor = max(1, round(300 / frames[0].width))
-    frames = [
-        frame.resize((frame.width * factor, frame.height * factor), Image.NEAREST).quantize(32)
-        for frame in frames  # noise does not compress: few colours and no more pixels than needed
-    ]
-    durations = [120] * (len(frames) - 1) + [2000]  # milliseconds
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def loss_against_t(run: Run, model: MMDiT, held_out: ImageSet) -> list[float]:
-    """Mean loss of held-out images in each of T_BINS equal bins of t, from 0 to 1."""
-    n = min(1000, len(held_out.labels))
-    generator = torch.Generator().manual_seed(run.args.seed)
-    data, labels = to_unit(held_out.images[:n]), held_out.labels[:n]
-    noise = torch.randn(data.shape, generator=generator)
-    t = rf.sample_time(n, distribution="uniform", stratified=True, generator=generator)
-    sums, counts = torch.zeros(T_BINS), torch.zeros(T_BINS)
-    with torch.no_grad():
-        for part in torch.arange(n).split(250):
-            x, s, e = (v[part].to(run.device) for v in (data, t, noise))
-            losses = rf.rf_loss(model, x, run.text(labels[part].to(run.device)), t=s, noise=e)
-            bins = (t[part] * T_BINS).long()
-            sums.index_add_(0, bins, losses.cpu())
-            counts.index_add_(0, bins, torch.ones(len(part)))
-    return (sums / counts).tolist()
-
-
-def plot_loss(rows: list[tuple], by_t: list[float], path: Path):
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    left.plot([row[0] for row in rows], [row[1] for row in rows])
-    left.set(xlabel="step", ylabel="loss", title="while training", yscale="log")
-    centres = [(i + 0.5) / T_BINS for i in range(T_BINS)]
-    right.bar(centres, by_t, width=0.9 / T_BINS)
-    right.set(xlabel="t   (0 = data, 1 = noise)", title="held-out loss against t")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
 
@@ -410,10 +340,16 @@ COMMON = {
     "dataset": "auto", "data_dir": Path("data"), "size": 32, "seed": 0, "patch_size": None,
     "residual": "prenorm", "lr": 6e-3, "warmup_steps": 100, "weight_decay": 0.0, "ema": 0.05,
     "shift": 1.0, "checkpoint_every": 1000, "cfg": 1.6, "solver": "euler", "sample_steps": 24,
+    "time": "logit_normal", "loss": "mse", "pairs": None, "pairs_id": None, "init": None,
+    "segments": 1, "anneal": 0.0,
 }  # fmt: skip
+# With pairs: RF++'s time, and no guidance, which is in the pairs already.
+PAIRS_DEFAULTS = {"time": "u_shaped", "cfg": 1.0}
+FROM_INIT = ("dataset", "data_dir", "size", "preset", "patch_size", "residual", "shift")
 SETTINGS = (  # what a resumed run must share with the first
     "dataset", "size", "seed", "preset", "patch_size", "residual", "batch_size", "steps", "lr",
-    "warmup_steps", "weight_decay", "ema", "shift",
+    "warmup_steps", "weight_decay", "ema", "shift", "time", "loss", "pairs_id", "segments",
+    "anneal",
 )  # fmt: skip
 
 
@@ -425,6 +361,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(pairs_id=None)
 
     def add(group, name, help_text, **kwargs):
         key = name.replace("-", "_")
@@ -459,9 +396,18 @@ def build_parser() -> argparse.ArgumentParser:
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
     add(training, "ema", "width of the weights' average, as a share of the run", type=float)
     add(training, "shift", "more time near the noise if above 1", type=float)
+    add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
+    add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)
     add(training, "compile", "compile the blocks (default: with CUDA and Triton)", action=Flag)
     add(training, "device", "auto, cpu, mps or cuda (default: auto)", default="auto")
+
+    reflow = parser.add_argument_group("reflow: straighter paths, fewer steps (pairs.py)")
+    add(reflow, "pairs", "folder of pairs to train on; then --time u_shaped, --cfg 1", type=Path)
+    add(reflow, "init", "start from this run's weights, with its data and network", type=Path)
+    add(reflow, "segments", "straight pieces of a path; with --time start, steps of the result",
+        type=int)  # fmt: skip
+    add(reflow, "anneal", "share of the run in which pairs take over from any noise", type=float)
 
     sampling = parser.add_argument_group("pictures")
     add(sampling, "cfg", "guidance: 1 none, above 1 closer to the class", type=float)
@@ -491,6 +437,13 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
             f"--out {args.out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
         )
+    args.pairs = args.pairs or saved.get("pairs")
+    if args.pairs is not None:
+        pairs = Pairs(args.pairs)
+        args.pairs_id = pairs.id
+        defaults |= PAIRS_DEFAULTS | {"shift": pairs.about["shift"]}
+    if args.init is not None:
+        defaults |= older_run(args.init)
     for key, default in defaults.items():
         given = getattr(args, key)
         if given in (None, "auto"):
@@ -503,7 +456,11 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
     if args.compile is None:
         args.compile = device.type == "cuda" and find_spec("triton") is not None
     args.data_dir = Path(args.data_dir)
-    for key, names in {"preset": PRESETS, "solver": rf.SOLVERS, "dataset": SOURCES}.items():
+    check_pairs(args)
+    for key, names in {
+        "preset": PRESETS, "solver": rf.SOLVERS, "dataset": SOURCES, "loss": rf.LOSSES,
+        "time": rf.TIME_DISTRIBUTIONS,
+    }.items():  # fmt: skip
         if getattr(args, key) not in names:
             raise ValueError(f"--{key} {getattr(args, key)!r} must be one of {', '.join(names)}")
     counts = ("steps", "batch_size", "warmup_steps", "sample_steps", "checkpoint_every", "size")
@@ -516,6 +473,32 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
     rf.gamma_from_sigma_rel(args.ema)
     replace(PRESETS[args.preset], residual=args.residual)
     return args
+
+
+def older_run(folder: Path) -> dict:
+    """What a run from --init takes over: the data and the network."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--init {folder} holds no config.json: give a finished run")
+    run = json.loads(path.read_text()).get("run", {})
+    return {key: run[key] for key in FROM_INIT if key in run}
+
+
+def check_pairs(args: argparse.Namespace):
+    """Pairs were made for one kind of words, one grid of times, and so many segments."""
+    if args.pairs is None:
+        if args.segments != 1 or args.anneal:
+            raise ValueError("--segments and --anneal are for training on --pairs: give them")
+        return
+    about = Pairs(args.pairs).about
+    if about["words"] != "labels":
+        raise ValueError(f"--pairs {args.pairs} has captions: train_t2i.py takes them")
+    if args.segments < 1 or about["segments"] % args.segments:
+        raise ValueError(f"--segments {args.segments} must divide --pairs' {about['segments']}")
+    if args.shift != about["shift"]:
+        raise ValueError(f"--shift {args.shift} must be that of --pairs, {about['shift']}")
+    if not 0 <= args.anneal <= 1 or (args.anneal and args.segments > 1):
+        raise ValueError(f"--anneal {args.anneal} must lie in [0, 1], and be 0 with --segments")
 
 
 def choose_device(name: str) -> torch.device:
@@ -533,7 +516,7 @@ def launch(args: argparse.Namespace):
     """Data, training, exported weights, pictures."""
     started, device = time.time(), choose_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
-    onednn.use()
+    cpu.tune()
     args = resolve(args, device)
     if args.dry_run:
         args.steps, args.sample_steps = 1, 1

@@ -6,6 +6,7 @@
     python train_t2i.py                             one process
     deepspeed train_t2i.py --resume auto            continue the run in --out, if there is one
     deepspeed train_t2i.py --data data/my           images of your own (data_t2i.py prepare)
+    deepspeed train_t2i.py --pairs P --init RUN --out RUN2     straighten a run (pairs.py makes P)
     deepspeed train_t2i.py --data data/my512 --init runs/my256 --out runs/my512
 
 ZeRO-2 keeps the weights whole on every rank and splits gradients, fp32 master weights and Adam's
@@ -41,11 +42,20 @@ import rf
 import shapes
 import zero
 from cache import Cache, Stage, fetch, load_caches
-from data_t2i import KnownText, Prepared, Samples, Shuffled, encode, loader
+from data_t2i import KnownText, PairSamples, Prepared, Samples, Shuffled, encode, loader
 from encoders import image_encoder, text_encoder
-from evaluate_t2i import CacheExam, Examiner, ShapesExam, gather, world_of
+from evaluate_t2i import (
+    CacheExam,
+    CaptionPairsExam,
+    Examiner,
+    ShapesExam,
+    ShapesPairsExam,
+    gather,
+    world_of,
+)  # fmt: skip
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 from options_t2i import build_parser, find_checkpoint, resolve, settings
+from pairs import Pairs
 from plan_t2i import describe
 from sample_t2i import load_run
 
@@ -61,7 +71,7 @@ def train(run: "Run"):
     while run.seen < args.samples and not run.stopped:
         for _ in range(engine.gradient_accumulation_steps()):
             data, text, t, noise = encode(next(batches), run.image, run.text, engine.device)
-            loss = rf.rf_loss(engine, data, text, t=t, noise=noise).mean()
+            loss = rf.rf_loss(engine, data, text, t=t, noise=noise, loss=args.loss).mean()
             engine.backward(loss)
             engine.step()  # the last micro-batch of a step moves the weights
             run.log.add(loss.detach())
@@ -142,7 +152,15 @@ class Run:
 
     def open_data(self, device: torch.device):
         """What the run learns from and is asked: shapes drawn on the fly, or prepared caches."""
-        args, self.stage = self.args, None
+        args, self.stage, self.pairs = self.args, None, None
+        if args.pairs:
+            self.text = text_encoder(args.text_encoder, args.text_tokens, device)
+            self.pairs = Pairs(args.pairs)
+            exam = ShapesPairsExam if args.shapes else CaptionPairsExam
+            self.exam = exam(args, self.text, self.image, self.pairs)
+            sides = self.pairs.about["shape"][1:]
+            self.buckets = [(tuple(side * self.image.factor for side in sides), 1.0)]
+            return
         if not args.data:
             self.text = text_encoder(args.text_encoder, args.text_tokens, device)
             self.source = Shuffled(shapes.Shapes(world_of(args), args.seed), args.seed)
@@ -181,14 +199,21 @@ class Run:
         dist.barrier(group=self.host_group)
 
     def batches(self):
-        samples = Samples(
-            self.source, self.text, self.image, seed=self.args.seed, shift=self.args.shift,
-            dropout=CAPTION_DROPOUT,
-        )  # fmt: skip
+        args = self.args
+        if self.pairs is not None:
+            samples = PairSamples(
+                self.pairs, self.text, seed=args.seed, segments=args.segments,
+                distribution=args.time,
+            )  # fmt: skip
+        else:
+            samples = Samples(
+                self.source, self.text, self.image, seed=args.seed, shift=args.shift,
+                dropout=CAPTION_DROPOUT, distribution=args.time,
+            )  # fmt: skip
         batches = loader(
             samples, seen=self.seen, rank=self.rank,
             micro_batch=self.engine.train_micro_batch_size_per_gpu(), world_size=self.world_size,
-            workers=self.args.workers, pin_memory=self.engine.device.type == "cuda",
+            workers=args.workers, pin_memory=self.engine.device.type == "cuda",
         )  # fmt: skip
         if self.stage is not None:  # a thread: started when the workers have been forked
             self.stage.begin(self.seen)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-import onednn
+import cpu
 from mmdit import save_weights
 
 RUN_FILE = "run.json"
@@ -70,7 +70,7 @@ def start_processes(threads: int | None = None):
     if local_device().type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
-        onednn.use()
+        cpu.tune()
     deepspeed.init_distributed(verbose=False)
     return dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # a large re-cut takes long
 

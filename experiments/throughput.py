@@ -2,118 +2,57 @@
 
     python experiments/throughput.py model       a training step, ours against diffusers'
     python experiments/throughput.py blocks      double or single, fused or separate, head_dim
-    python experiments/throughput.py sample      a picture: eager, compiled, one CUDA graph
+    python experiments/throughput.py sample      a picture: eager, compiled, a CUDA graph a step
+    python experiments/throughput.py memory      freed memory kept, or given back to the system
+    python experiments/throughput.py step        train_t2i.py's whole step: where its time goes
     python experiments/throughput.py data        rows/s of the loader against what training takes
 
 Every number is a median over repeats after a warm-up, with its spread; ratios are of numbers from
-one run. Rows also go to a CSV in runs/throughput.
+one run. Rows also go to a CSV and a bar chart in runs/throughput.
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import onednn
+from measure import interleaved, median, report, spread, synchronize
+
+import cpu
 import rf
+import train_t2i
 from auraflow import to_diffusers_config, to_theirs
 from cache import SCHEMA, Cache, TextFormat, write_shard
 from data_t2i import KnownText, Prepared, Samples, loader
 from mmdit import PRESETS, Linear, MMDiT, MMDiTConfig
 from report_t2i import PEAK_TFLOPS
+from sample_t2i import Graphed
 
 MFU = 0.55  # share of the peak that a training step is taken to reach: the demand, not a claim
 GPU = "H100"
 GPU_PRESETS = ("0.2b", "1b", "auraflow-6.8b")
 
 
-def machine() -> str:
-    """The device and the versions that a number belongs to."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{cpu_name()}, {os.cpu_count()} cores"
-    return f"{device}; PyTorch {torch.__version__}, Python {platform.python_version()}"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def report(rows: list[dict], path: Path):
-    """The rows as a table on the screen, and as a CSV."""
-    columns = list(rows[0])
-    cells = [columns, *([_text(row[c]) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(machine())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        file.write(f"# {machine()}\n")
-    print(f"wrote {path}")
-
-
-def _text(value) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else (
-        f"{value:,.0f}" if isinstance(value, float) else str(value)
-    )  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------
-# Timing
+# model: a training step, ours against diffusers'
 # ------------------------------------------------------------------------------------------------
-
-
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleaved(steps: dict[str, Callable], device: torch.device, repeats: int, inner: int = 1):
-    """name → seconds of each repeat. The variants take turns, so that a slow moment meets all."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):  # two rounds of warm-up
-        for name, step in steps.items():
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(inner):
-                step()
-            synchronize(device)
-            if repeat >= 2:
-                seconds[name].append((time.perf_counter() - start) / inner)
-    return seconds
-
-
-def median(values: list[float]) -> float:
-    return float(np.median(values))
-
-
-def spread(values: list[float]) -> float:
-    """Half the distance of the quartiles, over the median."""
-    low, high = np.quantile(values, [0.25, 0.75])
-    return float((high - low) / 2 / np.median(values))
 
 
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
@@ -122,11 +61,6 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * n**3
-
-
-# ------------------------------------------------------------------------------------------------
-# model: a training step, ours against diffusers'
-# ------------------------------------------------------------------------------------------------
 
 
 class Size(NamedTuple):
@@ -186,11 +120,11 @@ def step_of(network: torch.nn.Module, size: Size, device: torch.device) -> Calla
     return step
 
 
-def with_products(fast: bool, step: Callable) -> Callable:
-    """The step with onednn.py's products where the machine has them, or with PyTorch's own."""
+def tuned(step: Callable, how: list[str]) -> Callable:
+    """The step with cpu.py's product unless `how` says mkl."""
 
     def chosen():
-        onednn.use(None if fast else False)
+        cpu.use(False if "mkl" in how else None)
         return step()
 
     return chosen
@@ -224,7 +158,7 @@ def variants(size: Size, device: torch.device, dtype: torch.dtype, names: list[s
             network.compile_blocks()
         elif "compiled" in how:
             network.network = torch.compile(network.network)
-        steps[name] = with_products("mkl" not in how, step_of(network, size, device))
+        steps[name] = tuned(step_of(network, size, device), how)
         if "graph" in how:
             steps[name] = graphed(steps[name])
     return steps
@@ -234,7 +168,7 @@ def model(args: argparse.Namespace):
     """A training step (loss, gradients, AdamW), ours and diffusers', against a plain product."""
     device, dtype = place()
     names = ["ours", "ours compiled", "diffusers", "diffusers compiled"]
-    names[2:2] = ["ours mkl"] if device.type == "cpu" and onednn.available() else []
+    names[2:2] = ["ours mkl"] if device.type == "cpu" and cpu.available() else []
     rows = []
     for size_name in args.sizes or (["cpu", "digits"] if device.type == "cpu" else list(SIZES)[2:]):
         size = SIZES[size_name]
@@ -257,7 +191,7 @@ def model(args: argparse.Namespace):
                  "of_ceiling": rate / ceiling, "over_ours": median(taken) / median(seconds["ours"]),
                  "peak_gib": peak_memory(steps.get(name), device)}
             )  # fmt: skip
-    report(rows, args.out / "model.csv")
+    report(rows, args.out / "model.csv", bar="ms")
 
 
 def peak_memory(step: Callable | None, device: torch.device) -> float:
@@ -313,7 +247,7 @@ def blocks(args: argparse.Namespace):
         if name == "compiled":
             network.compile_blocks()
         network = apart(network) if name.startswith("separate") else network
-        steps[name] = with_products(True, step_of(network, size, device))
+        steps[name] = tuned(step_of(network, size, device), [])
     seconds = interleaved(steps, device, args.repeats)
     first = f"{base.n_double_layers} double + {streams - 2 * base.n_double_layers} single"
     rows = [
@@ -322,7 +256,7 @@ def blocks(args: argparse.Namespace):
          "time_over_base": median(taken) / median(seconds[first])}
         for name, taken in seconds.items()
     ]  # fmt: skip
-    report(rows, args.out / "blocks.csv")
+    report(rows, args.out / "blocks.csv", bar="ms")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,41 +265,205 @@ def blocks(args: argparse.Namespace):
 
 
 def sample(args: argparse.Namespace):
-    """A guided 20-step sample: eager, compiled, and on a GPU one CUDA graph for the whole of it."""
+    """A guided 20-step sample: eager, compiled, and on a GPU with the network as a CUDA graph."""
     device, dtype = place()
     size, rows = SIZES["cpu" if device.type == "cpu" else "0.2b"], []
-    hows = ["eager", "compiled"] + ["graph"] * (device.type == "cuda")
+    hows = ["eager", "compiled"] + (["graph"] if device.type == "cuda" else ["mkl"])
     for batch in (1, 4) if device.type == "cpu" else (1, 16):
         steps = {}
         for how in hows:
             torch.manual_seed(0)
             network = MMDiT(size.config).to(device, dtype).eval()
-            if how != "eager":
+            if how == "compiled":
                 network.compile_blocks()
-            steps[how] = with_products(True, sampler_of(network, size, batch, device))
-            steps[how] = graphed(steps[how]) if how == "graph" else steps[how]
+            network = Graphed(network) if how == "graph" else network
+            steps[how] = tuned(sampler_of(network, size, batch, device), [how])
         seconds = interleaved(steps, device, args.repeats)
         rows += [
             {"batch": batch, "variant": how, "s": median(taken), "spread": spread(taken),
              "over_eager": median(taken) / median(seconds["eager"])}
             for how, taken in seconds.items()
         ]  # fmt: skip
-    report(rows, args.out / "sample.csv")
+    report(rows, args.out / "sample.csv", bar="s")
 
 
-def sampler_of(network: MMDiT, size: Size, batch: int, device: torch.device) -> Callable:
+def sampler_of(
+    network: rf.Model, size: Size, batch: int, device: torch.device, steps: int = 20
+) -> Callable:
     config, generator = size.config, torch.Generator().manual_seed(0)
     shape = (batch, config.in_channels, size.side, size.side)
     noise = torch.randn(shape, generator=generator).to(device)
     text = torch.randn(batch, size.tokens, config.text_dim, generator=generator)
-    text = text.to(device, next(network.parameters()).dtype)
+    text = text.to(device)
     null = torch.zeros_like(text[:1])
-    return lambda: rf.sample(network, noise, text, null_text=null, cfg=3.0, steps=20)
+    return lambda: rf.sample(network, noise, text, null_text=null, cfg=3.0, steps=steps)
+
+
+# ------------------------------------------------------------------------------------------------
+# memory: what it costs to give memory back to the system (cpu.keep_memory)
+# ------------------------------------------------------------------------------------------------
+
+
+def memory(args: argparse.Namespace):
+    """Chapter 1's training step and sampling with freed memory kept, and given back as usual."""
+    if args.child:
+        print(json.dumps(memory_child(args.child == "kept")))
+        return
+    found: dict[str, list[dict]] = {"kept": [], "usual": []}
+    for _ in range(args.repeats):  # malloc's ways are a process's own: processes take turns
+        for how, measured in found.items():
+            command = [sys.executable, __file__, "memory", "--child", how]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            measured.append(json.loads(done.stdout))
+    rows = []
+    for what in ("training step, batch 64", "24 guided steps, batch 128"):
+        kept = median([measured[what] for measured in found["kept"]])
+        for how, measured in found.items():
+            ms = [m[what] for m in measured]
+            rows.append({"what": what, "memory": how, "ms": median(ms), "spread": spread(ms),
+                         "over_kept": median(ms) / kept})  # fmt: skip
+    report(rows, args.out / "memory.csv", bar="ms")
+
+
+def memory_child(keep: bool) -> dict[str, float]:
+    """Milliseconds of each, in this process."""
+    if keep:
+        cpu.keep_memory()
+    cpu.use()
+    device, size = torch.device("cpu"), SIZES["digits"]
+    torch.manual_seed(0)
+    network = MMDiT(size.config)
+    steps = {
+        "training step, batch 64": step_of(network, size, device),
+        "24 guided steps, batch 128": sampler_of(network, size, 128, device, steps=24),
+    }
+    return {
+        name: 1e3 * median(interleaved({name: step}, device, repeats=5, inner=inner)[name])
+        for (name, step), inner in zip(steps.items(), (40, 1), strict=True)
+    }
 
 
 def place() -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# step: train_t2i.py's own loop, part by part
+# ------------------------------------------------------------------------------------------------
+
+
+def step(args: argparse.Namespace):
+    """train_t2i.py's whole step: over a bare one, and where its time goes (a table and a trace)."""
+    first = os.environ.get("RANK", "0") == "0"
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--preset", args.preset, "--out", folder, *args.options]
+        run = train_t2i.build_run(train_t2i.build_parser().parse_args(options))
+        bare, taken = bare_step(run), {"trainer": [], "bare": []}
+        with mock.patch.object(run, "save"), mock.patch.object(run, "evaluate"):
+            for turn in range(args.repeats + 1):  # the first turn warms up
+                seconds = trainer_steps(run, args.steps)
+                bare_seconds = interleaved({"bare": bare}, run.engine.device, args.steps)["bare"]
+                if turn:
+                    taken["trainer"] += seconds
+                    taken["bare"] += bare_seconds
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+            with torch.profiler.profile(activities=activities) as profile, ranges(run):
+                seconds = trainer_steps(run, args.steps)
+        run.bar.close()
+        if first:
+            rows = parts(profile, len(seconds) + 1, {k: median(v) for k, v in taken.items()})
+            report(rows, args.out / "step.csv", bar="ms")
+            profile.export_chrome_trace(str(args.out / "step_trace.json.gz"))
+            print(f"wrote {args.out / 'step_trace.json.gz'}: open it in ui.perfetto.dev")
+
+
+def trainer_steps(run: train_t2i.Run, steps: int) -> list[float]:
+    """Seconds of each step of the real loop but the first, with nothing in it changed."""
+    marks, end_step = [], run.end_step
+
+    def marked():
+        end_step()
+        synchronize(run.engine.device)
+        marks.append(time.perf_counter())
+        run.stopped = len(marks) > steps
+
+    with mock.patch.object(run, "end_step", marked):
+        run.stopped = False
+        train_t2i.train(run)
+    return list(np.diff(marks))
+
+
+def bare_step(run: train_t2i.Run) -> Callable:
+    """Loss, gradients and AdamW of the same network on one batch that is there already."""
+    engine, args = run.engine, run.args
+    dtype = next(engine.module.parameters()).dtype
+    network = MMDiT(run.config).to(engine.device, dtype)
+    if args.compile:
+        network.compile_blocks()
+    adamw = torch.optim.AdamW(network.param_groups(args.lr, args.weight_decay), fused=True)
+    batch = train_t2i.encode(next(run.batches()), run.image, run.text, engine.device)
+
+    def bare():
+        data, text, t, noise = batch
+        for _ in range(engine.gradient_accumulation_steps()):
+            rf.rf_loss(network, data, text, t=t, noise=noise).mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    return bare
+
+
+@contextmanager
+def ranges(run: train_t2i.Run):
+    """Name the parts of the loop for the profiler, from outside: the loop itself stays plain."""
+
+    def named(owner, attribute: str, name: str):
+        inner = getattr(owner, attribute)
+
+        def outer(*args, **kwargs):
+            with torch.profiler.record_function(f"part {name}"):
+                return inner(*args, **kwargs)
+
+        return mock.patch.object(owner, attribute, outer)
+
+    engine, batches = run.engine, iter(run.batches())
+    source = SimpleNamespace(fetch=lambda: next(batches))
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(named(source, "fetch", "data"))
+        enter(mock.patch.object(run, "batches", lambda: iter(lambda: source.fetch(), None)))
+        enter(named(train_t2i, "encode", "data"))
+        enter(named(rf, "rf_loss", "forward"))
+        enter(named(engine, "backward", "backward"))
+        enter(named(engine, "step", "ZeRO-2 step"))
+        enter(named(engine.optimizer.optimizer, "step", "AdamW"))
+        enter(named(rf.PowerEMA, "update", "averages"))
+        enter(named(run, "end_step", "log"))
+        enter(named(run, "asked_to_save", "signals"))
+        yield
+
+
+def parts(profile, steps: int, medians: dict[str, float]) -> list[dict]:
+    """A row a part: milliseconds a step on the host and on the device. AdamW is taken out of the
+    ZeRO-2 step around it; communication is inside backward and ZeRO-2 step."""
+    events = {event.key: event for event in profile.key_averages()}
+
+    def ms(keys: list[str]) -> dict[str, float]:
+        there = [events[key] for key in keys if key in events]
+        host = sum(e.cpu_time_total for e in there) / 1e3 / steps
+        return {"ms": host, "device_ms": sum(e.device_time_total for e in there) / 1e3 / steps}
+
+    names = ("data", "forward", "backward", "ZeRO-2 step", "AdamW", "averages", "log", "signals")
+    found = {name: ms([f"part {name}"]) for name in names}
+    found["ZeRO-2 step"] = {k: v - found["AdamW"][k] for k, v in found["ZeRO-2 step"].items()}
+    sent = [key for key in events if key.startswith(("gloo:", "nccl:", "ncclDevKernel"))]
+    found["communication, inside"] = ms(sent)
+    nan = float("nan")
+    found |= {name: {"ms": 1e3 * s, "device_ms": nan} for name, s in medians.items()}
+    whole = medians["trainer"] * 1e3
+    return [{"part": name} | row | {"of_step": row["ms"] / whole} for name, row in found.items()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -457,7 +555,7 @@ def data(args: argparse.Namespace):
     )
     print("  " + ", ".join(f"{preset} {need:.0f}" for preset, need in needs.items()))
     print("x_preset: rows/s over that")
-    report(found, args.out / "data.csv")
+    report(found, args.out / "data.csv", bar="rows_per_s")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -479,12 +577,24 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder")
     part = commands.add_parser("model", help=model.__doc__)
     part.add_argument("--sizes", nargs="+", choices=list(SIZES), help="(default: the device's)")
-    part.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
-    for name, repeats in (("blocks", 9), ("sample", 5)):
+    part.add_argument("--repeats", type=int, default=9, help="turns of each variant (default: 9)")
+    for name, repeats in (("blocks", 9), ("sample", 5), ("memory", 3)):
         part = commands.add_parser(name, help=globals()[name].__doc__)
         part.add_argument("--repeats", type=int, default=repeats, help=f"(default: {repeats})")
+        if name == "memory":
+            part.add_argument("--child", choices=["kept", "usual"], help=argparse.SUPPRESS)
+    part = commands.add_parser("step", help=step.__doc__)
+    part.add_argument("--preset", default="tiny", help="of train_t2i.py (default: tiny)")
+    part.add_argument("--steps", type=int, default=20, help="of one turn (default: 20)")
+    part.add_argument("--repeats", type=int, default=3, help="turns of trainer and bare step (3)")
+    part.add_argument("options", nargs="*", help="further options of train_t2i.py, after --")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(argv)
-    {"model": model, "blocks": blocks, "sample": sample, "data": data}[args.command](args)
+    chosen = {"model": model, "blocks": blocks, "sample": sample, "memory": memory, "step": step,
+              "data": data}[args.command]  # fmt: skip
+    if chosen is not memory:
+        cpu.keep_memory()
+    chosen(args)
 
 
 if __name__ == "__main__":

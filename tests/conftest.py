@@ -17,10 +17,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test wai
 
 @pytest.fixture(autouse=True)
 def plain_products():
-    """The scripts may have switched to onednn.py's: every test begins with torch's own."""
-    import onednn
+    """The scripts may have switched to cpu.py's: every test begins with torch's own."""
+    import cpu
 
-    onednn.use(False)
+    cpu.use(False)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ CDF = {
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-@pytest.mark.parametrize("distribution", rf.TIME_DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", [d for d in rf.TIME_DISTRIBUTIONS if d != "start"])
 def test_sample_time_follows_its_distribution(distribution, stratified):
     n, generator = 20_000, torch.Generator().manual_seed(0)
     t = rf.sample_time(n, distribution=distribution, stratified=stratified, generator=generator)
@@ -426,3 +426,117 @@ def test_posthoc_combination_of_two_profiles_makes_a_third():
     error = (combined - wanted.averages[0]).abs().max()
     nearest = min((e.averages[0] - wanted.averages[0]).abs().max() for e in stored)
     assert error < nearest / 10  # far better than the nearest stored one
+
+
+# --- reflow --------------------------------------------------------------------------------------
+
+
+def test_reflow_states_end_where_the_flow_ends():
+    noise = randn(6, 3)
+    states = rf.reflow_states(gaussian_velocity, noise, noise, steps=64, solver="rf_solver")
+    assert states.shape == (6, 2, 3) and torch.equal(states[:, 0], noise)
+    assert torch.allclose(states[:, 1], MEAN + STD * noise, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_reflow_states_between_are_the_paths_own(shift):
+    noise = randn(6, 3)
+    states = rf.reflow_states(
+        gaussian_velocity, noise, noise, segments=4, steps=400, solver="rf_solver", shift=shift
+    )
+    for t, x in zip(rf.timesteps(4, shift), states.unbind(1), strict=True):
+        spread = math.sqrt((1 - t) ** 2 * STD**2 + t**2)
+        assert torch.allclose(x, (1 - t) * MEAN + spread * noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("segments, steps", [(3, 50), (0, 50), (51, 50)])
+def test_segments_that_do_not_divide_the_steps_are_an_error(segments, steps):
+    with pytest.raises(ValueError, match="must be a multiple of segments"):
+        rf.reflow_states(
+            gaussian_velocity, randn(2, 3), randn(2, 3), segments=segments, steps=steps
+        )
+
+
+@pytest.mark.parametrize("distribution", rf.TIME_DISTRIBUTIONS)
+def test_time_on_one_segment_is_the_ordinary_one(distribution):
+    u = torch.linspace(0, 0.999, 200)
+    expected = rf.time_at(u, distribution)
+    assert torch.allclose(rf.segment_time(u, 1, distribution), expected, atol=1e-6)
+
+
+def test_time_on_segments_lies_where_the_digit_says():
+    times = rf.timesteps(4, shift=3.0)
+    u = (torch.arange(400) + 0.5) / 400
+    t = rf.segment_time(u, 4, "uniform", shift=3.0)
+    for k in range(4):
+        mine = t[100 * k : 100 * k + 100]
+        assert times[k + 1] < mine.min() and mine.max() < times[k]
+        share = (mine - times[k + 1]) / (times[k] - times[k + 1])
+        assert torch.allclose(share, (torch.arange(100) + 0.5) / 100, atol=1e-4)
+    starts = rf.segment_time(u, 4, "start", shift=3.0)
+    assert torch.allclose(starts, torch.tensor(times[:-1]).repeat_interleave(100), atol=2e-6)
+
+
+def test_a_segments_line_passes_through_its_ends_and_knows_its_slope():
+    times, states = rf.timesteps(3, shift=2.0), randn(1, 4, 5).repeat(9, 1, 1)
+    t, k = [], []
+    for j in range(3):
+        high, low = times[j], times[j + 1]
+        t += [high - 1e-5, (high + low) / 2, low + 1e-5]
+        k += [j, j, j]
+    t = torch.tensor(t, dtype=F64)
+    data, noise = rf.segment_line(states, t, shift=2.0)
+    x = rf.interpolate(data, noise, t)
+    for i in range(9):
+        high, low = times[k[i]], times[k[i] + 1]
+        share = (t[i] - low) / (high - low)
+        expected = states[i, k[i] + 1] + share * (states[i, k[i]] - states[i, k[i] + 1])
+        assert torch.allclose(x[i], expected, atol=1e-6)
+        slope = (states[i, k[i]] - states[i, k[i] + 1]) / (high - low)
+        assert torch.allclose(rf.velocity_target(data, noise)[i], slope, atol=1e-5)
+
+
+def test_one_segments_line_is_the_pair():
+    states = randn(5, 2, 3, 4)
+    data, noise = rf.segment_line(states, torch.rand(5, dtype=F64))
+    assert torch.equal(data, states[:, 1]) and torch.equal(noise, states[:, 0])
+
+
+def test_a_flow_trained_on_segments_walks_them_in_as_many_steps():
+    """The velocity that has no loss on the pieces draws the last state in K Euler steps."""
+    noise = randn(7, 3)
+    states = rf.reflow_states(gaussian_velocity, noise, noise, segments=4, steps=400, shift=2.0)
+
+    def piecewise(x, t, text=None):
+        data, start = rf.segment_line(states, t - 1e-9, shift=2.0)
+        return start - data
+
+    u = torch.full((7,), 0.6)
+    t = rf.segment_time(u, 4, "start", 2.0).double()
+    data, start = rf.segment_line(states, t, shift=2.0)
+    assert rf.rf_loss(piecewise, data, noise, t=t, noise=start).max() < 1e-9
+    drawn = rf.sample(piecewise, noise, noise, steps=4, shift=2.0)
+    assert torch.allclose(drawn, states[:, -1], atol=1e-5)
+    one = rf.sample(gaussian_velocity, noise, noise, steps=4, shift=2.0)
+    assert not torch.allclose(one, states[:, -1], atol=1e-2)
+
+
+def test_annealed_noise_goes_from_fresh_to_the_pairs_and_stays_normal():
+    noise, fresh = randn(100_000), randn(100_000, seed=1)
+    assert torch.equal(rf.annealed_noise(noise, fresh, 0.0), noise)
+    assert torch.equal(rf.annealed_noise(noise, fresh, 1.0), fresh)
+    mixed = rf.annealed_noise(noise, fresh, 0.6)
+    assert abs(float(mixed.var()) - 1) < 0.02
+    assert abs(float((mixed * noise).mean()) - 0.8) < 0.02
+
+
+def test_reflow_does_not_raise_the_transport_cost():
+    """Gaussians: any pairs cost mean² + s² + 1 in a dimension, the flow's own mean² + (1 − s)²."""
+    noise = randn(20_000, 2)
+    data = MEAN + STD * randn(20_000, 2, seed=1)
+    anyone = rf.transport_cost(data, noise)
+    assert anyone.shape == (20_000,)
+    assert float(anyone.mean()) == pytest.approx(2 * (MEAN**2 + STD**2 + 1), rel=0.03)
+    states = rf.reflow_states(gaussian_velocity, noise, noise, steps=50, solver="rf_solver")
+    own = rf.transport_cost(states[:, 1], noise).mean()
+    assert float(own) == pytest.approx(2 * (MEAN**2 + (1 - STD) ** 2), rel=0.03)

@@ -12,7 +12,7 @@ import rf
 import sample_t2i
 import shapes
 from encoders import HashText, Pixels
-from mmdit import PRESETS, MMDiT, save_model
+from mmdit import PRESETS, MMDiT, MMDiTConfig, save_model
 from sample_t2i import draw, find_weights, fixed_noise, obeyed, scores, shapes_prompts
 from shapes import World
 
@@ -287,3 +287,27 @@ def test_weights_of_another_script_are_refused(tmp_path):
         main(tmp_path, "a ring")
     assert json.loads((tmp_path / "config.json").read_text())["model"] == asdict(model.config)
     assert rf.SOLVERS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_a_graph_draws_what_the_network_draws():
+    config = MMDiTConfig(dim=64, head_dim=32, n_layers=2, n_double_layers=1, text_dim=8, max_grid=4,
+                         base_dim=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = MMDiT(config).cuda().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    graphed = sample_t2i.Graphed(model)
+    for batch in (2, 3, 2):  # two shapes, and one of them again
+        noise = torch.randn(batch, 4, 8, 8, device="cuda")
+        text = torch.randn(batch, 5, 8, device="cuda")
+        how = {"null_text": torch.zeros_like(text[:1]), "cfg": 2.0, "steps": 4, "solver": "heun"}
+        drawn = rf.sample(graphed, noise, text, **how)
+        assert torch.allclose(drawn, rf.sample(model, noise, text, **how), atol=1e-4)
+    assert len(graphed.captured) == 2
+
+
+def test_graphs_are_refused_without_cuda(tmp_path):
+    args = sample_t2i.build_parser().parse_args(["run", "x", "--cudagraphs", "--device", "cpu"])
+    with pytest.raises(ValueError, match="--cudagraphs needs a CUDA device, this is cpu: drop it"):
+        sample_t2i.launch(args)

@@ -1,7 +1,14 @@
 """experiments/throughput.py on small sizes: the table is whole, the loader's rows are real."""
 
 import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import measure
 import pytest
 import throughput
 import torch
@@ -79,3 +86,36 @@ def test_separate_matrices_are_the_same_network(tiny):
     with torch.no_grad():
         expected = model(*inputs)
         assert torch.allclose(throughput.apart(model)(*inputs), expected, atol=1e-4)
+
+
+def test_a_step_is_taken_apart(tmp_path):
+    """In a process of its own: the trainer takes over signals and the process group."""
+    script = Path(throughput.__file__)
+    options = ["--batch-size", "8", "--eval-prompts", "1"]
+    command = [sys.executable, script, "--out", tmp_path, "step", "--steps", "3", "--repeats", "1"]
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([*command, "--", *options], capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {row["part"]: float(row["ms"]) for row in rows(tmp_path / "step.csv")}
+    inside = ("data", "forward", "backward", "ZeRO-2 step", "AdamW", "averages", "log", "signals")
+    assert set(found) == {*inside, "communication, inside", "trainer", "bare"}
+    assert all(found[name] > 0 for name in (*inside, "trainer", "bare"))
+    assert found["forward"] + found["backward"] > found["log"] + found["signals"]
+    with gzip.open(tmp_path / "step_trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("part backward") >= 4  # one a step
+    assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def test_the_chart_has_a_bar_for_each_row_with_a_number(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (drawn.append(figure), close(figure)))
+    table = [{"variant": "a", "n": 2, "ms": 3.0}, {"variant": "b", "n": 1, "ms": float("nan")},
+             {"variant": "c", "n": 1, "ms": 5.0}]  # fmt: skip
+    measure.report(table, tmp_path / "x.csv", bar="ms")
+    (axes,) = drawn[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [5.0, 3.0]  # the first row on top
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c, 1", "a, 2"]
+    assert (tmp_path / "x.png").exists()

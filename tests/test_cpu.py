@@ -1,12 +1,18 @@
-"""onednn.py: the same products in the same precision, and only where it says so."""
+"""cpu.py: memory is kept; the same products in the same precision, and only where it says so."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import onednn
+import cpu
 import rf
 from mmdit import Linear, MMDiT, MMDiTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN"
@@ -28,16 +34,16 @@ def test_the_product_and_its_gradients_in_fp32(shape, with_bias):
         return [y.detach(), *(i.grad for i in mine)]
 
     exact = outcome(F.linear, torch.float64)
-    for found, expected in zip(outcome(onednn.linear, torch.float32), exact, strict=True):
+    for found, expected in zip(outcome(cpu.linear, torch.float32), exact, strict=True):
         assert found.shape == expected.shape
         assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()  # bf16: 4e-3
 
 
 def test_transposed_inputs_and_frozen_weights():
     x, weight = torch.randn(6, 9).t(), torch.randn(4, 6, requires_grad=True)
-    assert torch.allclose(onednn.linear(x, weight), F.linear(x, weight), atol=1e-5)
+    assert torch.allclose(cpu.linear(x, weight), F.linear(x, weight), atol=1e-5)
     x = torch.randn(5, 6, requires_grad=True)
-    onednn.linear(x, weight.detach()).sum().backward()
+    cpu.linear(x, weight.detach()).sum().backward()
     assert torch.allclose(x.grad, weight.detach().sum(0).expand(5, -1), atol=1e-5)
 
 
@@ -52,7 +58,7 @@ def test_a_model_trains_alike_with_it():
     data, noise = torch.randn(2, 3, 4, 8, 8)
     outcomes = []
     for wanted in (False, True):
-        onednn.use(wanted)
+        cpu.use(wanted)
         loss = rf.rf_loss(
             model, data, torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)),
             t=torch.tensor([0.1, 0.5, 0.9]), noise=noise,
@@ -68,13 +74,62 @@ def test_a_model_trains_alike_with_it():
 
 def test_it_is_used_where_it_is_available_alone(monkeypatch):
     for name, avx512, expected in (
-        ("AMD EPYC", True, onednn.linear), ("AMD EPYC", False, F.linear),
+        ("AMD EPYC", True, cpu.linear), ("AMD EPYC", False, F.linear),
         ("Intel(R) Xeon(R)", True, F.linear), (None, None, F.linear),
     ):  # fmt: skip
         can = {"cpu_name": name, "avx512_f": avx512} if name else {}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can)
-        onednn.use()
+        cpu.tune()
         assert Linear.product is expected
-    onednn.use(True)
+    cpu.use(True)
     half = torch.randn(3, 4, dtype=torch.bfloat16)
     assert torch.equal(Linear.product(half, half), F.linear(half, half))  # not its business
+
+
+def test_every_product_gets_whole_rows(monkeypatch):
+    """Part of a wider gradient, or one number for all of it (y.sum()), took seconds as it lay."""
+    layouts, product = [], cpu.product
+
+    def spy(a, b, bias=None):
+        layouts.extend([a, b])
+        return product(a, b, bias)
+
+    monkeypatch.setattr(cpu, "product", spy)
+    torch.manual_seed(0)
+    x, wide = torch.randn(6, 2, 256, requires_grad=True), torch.randn(256, 600)
+    weight = wide[:, :256].detach().requires_grad_()
+    whole = torch.cat([cpu.linear(x, weight), cpu.linear(x, weight)], dim=-1)
+    (whole.sum() + cpu.linear(x, weight).sum()).backward()
+    backward = layouts[6:]  # the three products of the forward pass have two factors each
+    assert len(backward) == 12
+    for factor in backward:
+        rows = factor.flatten(0, -2) if factor.ndim > 2 else factor
+        assert rows.is_contiguous() or rows.t().is_contiguous()
+    expected = 3 * x.detach().flatten(0, 1).sum(0).expand(256, 256)
+    assert torch.allclose(weight.grad, expected, atol=1e-3)
+
+
+def test_freed_memory_is_kept():
+    """In a process of its own: how many pages the system hands out again for the same tensors."""
+    script = """
+import resource, sys, torch, cpu
+torch.set_num_threads(1)
+if sys.argv[1] == "keep" and not cpu.keep_memory():
+    sys.exit(3)
+def work():
+    kept = [torch.ones(2_000_000) for _ in range(12)]  # 96 MB
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for how in ("keep", "usual"):
+        command = [sys.executable, "-c", script, how]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode == 3:
+            pytest.skip("this C library is not glibc")
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < 0.05 * faults["usual"]

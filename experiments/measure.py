@@ -1,0 +1,105 @@
+"""What the experiments share: medians of variants that take turns, a table, a CSV, a bar chart."""
+
+import csv
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def machine() -> str:
+    """The device and the versions that a number belongs to."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{cpu_name()}, {os.cpu_count()} cores"
+    return f"{device}; PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def report(rows: list[dict], path: Path, bar: str | None = None):
+    """The rows as a table on the screen and as a CSV; column `bar` also as a chart beside it."""
+    columns = list(rows[0])
+    cells = [columns, *([_text(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(machine())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(f"# {machine()}\n")
+    if bar is not None:
+        draw_bars(rows, bar, path.with_suffix(".png"))
+    print(f"wrote {path}")
+
+
+def draw_bars(rows: list[dict], column: str, path: Path):
+    """A bar a row, named by its words and whole numbers; a row without a number has none."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if np.isfinite(row[column])][::-1]
+    words = [[str(v) for v in row.values() if isinstance(v, str | int)] for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 0.8), layout="constrained")
+    bars = axes.barh(range(len(rows)), [row[column] for row in rows], color="0.6")
+    axes.bar_label(bars, [_text(float(row[column])) for row in rows], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [", ".join(w) for w in words], fontsize=8)
+    axes.set_xlabel(f"{column}   ({machine()})", fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _text(value) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else (
+        f"{value:,.0f}" if isinstance(value, float) else str(value)
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Timing
+# ------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(steps: dict[str, Callable], device: torch.device, repeats: int, inner: int = 1):
+    """name → seconds of each repeat. The variants take turns, so that a slow moment meets all; a
+    turn begins with a call that is not timed, after which caches and memory are the variant's."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for name, step in steps.items():
+            step()
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(inner):
+                step()
+            synchronize(device)
+            if repeat:
+                seconds[name].append((time.perf_counter() - start) / inner)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return float(np.median(values))
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance of the quartiles, over the median."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float((high - low) / 2 / np.median(values))
