@@ -193,7 +193,7 @@ def captions_maker(args: argparse.Namespace, weights: Path, device) -> Maker:
     model, text, image, run, _ = Painter.of_run(weights, device)
     lines = args.prompts.read_text(encoding="utf-8").split("\n") if args.prompts else []
     lines = [line.strip() for line in lines if line.strip()]
-    if not lines and (run.get("data") or "shapes" not in run):
+    if not lines and (run.get("data") or not run.get("shapes")):
         raise ValueError(f"{args.run} was not trained on shapes: give captions with --prompts FILE")
     world = None if lines else shapes.World(*(run[k] for k in shapes.World._fields))
 
@@ -237,16 +237,19 @@ def make(args: argparse.Namespace, device):
 
 
 def begin(out: Path, about: dict):
-    """Write pairs.json, or see that what was begun there is the same. ValueError if it is not."""
+    """Write pairs.json, or see that what was begun there is the same. ValueError if it is not.
+
+    A greater number adds shards to those that are there, if they are all full.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / ABOUT
-    if not path.exists():
+    older = json.loads(path.read_text()) if path.exists() else about
+    grown = older["number"] % older["shard"] == 0 and about["number"] > older["number"]
+    if about == older | ({"number": about["number"]} if grown else {}):
         write_whole(path, json.dumps(about, indent=1).encode())
         return
-    older = json.loads(path.read_text())
     differs = [f"{k} {older.get(k)} there, {v} here" for k, v in about.items() if older.get(k) != v]
-    if differs:
-        raise ValueError(f"--out {out} holds other pairs ({'; '.join(differs)}): choose another")
+    raise ValueError(f"--out {out} holds other pairs ({'; '.join(differs)}): choose another")
 
 
 def shard_bytes(maker: Maker, about: dict, shard: int, rows: int, batch: int, device, bar) -> bytes:

@@ -475,7 +475,7 @@ def launch(args: argparse.Namespace):
     if args.cudagraphs:
         painter = painter._replace(model=Graphed(painter.model))
     _, text, image, run, _ = painter
-    if args.score and (run.get("data") or "shapes" not in run):
+    if args.score and (run.get("data") or not run.get("shapes")):
         raise ValueError(f"--score shapes: {args.run or args.auraflow} was not trained on shapes")
     size = latent_size(args.size or run["size"], image.factor)
     options = {

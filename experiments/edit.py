@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
+from measure import draw_strip
+
 import cpu
 import rf
 import shapes
@@ -97,7 +99,7 @@ def errors(maker: Maker, data: Tensor, text: Tensor) -> list[tuple]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
+# Plot
 # ------------------------------------------------------------------------------------------------
 
 
@@ -117,28 +119,6 @@ def plot(rows: list[tuple], path: Path):
              ylabel="RMSE after there and back")  # fmt: skip
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_strip(rows: list[tuple[str, Tensor]], words: list[tuple[str, str]], path: Path):
-    """A row a stage, a column a picture; above and below the words before and after."""
-    import matplotlib.pyplot as plt
-
-    columns = len(words)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.15 * columns, 1.3 * len(rows)), layout="constrained"
-    )
-    for line, (name, pictures) in zip(axes, rows, strict=True):
-        for axis, picture in zip(line, to_bytes(pictures.cpu()), strict=True):
-            array = picture.permute(1, 2, 0).numpy()
-            grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if array.shape[2] == 1 else {}
-            axis.imshow(array.squeeze(), interpolation="nearest", **grey)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=8)
-    for top, bottom, (before, after) in zip(axes[0], axes[-1], words, strict=True):
-        top.set_title(before, fontsize=6, wrap=True, parse_math=False)
-        bottom.set_xlabel(after, fontsize=6, wrap=True, parse_math=False)
-    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -193,14 +173,15 @@ def edit(args: argparse.Namespace) -> list[tuple]:
         maker.model, noise, maker.features(edited[:n]), null_text=maker.null_text, cfg=args.cfg,
         **how,
     )  # fmt: skip
-    stages = [("real", data[:n]), ("its noise", noise / 2), ("redrawn", back), ("edited", other)]
-    named = [(str(a), str(b)) for a, b in zip(_plain(words[:n]), _plain(edited[:n]), strict=True)]
-    plot_strip(stages, named, out / "strip.png")
+    stages = {"real": data[:n], "its noise": noise / 2, "redrawn": back, "edited": other}
+    lines = [(name, to_bytes(x)) for name, x in stages.items()]
+    before, after = ([str(w) for w in plain(some[:n])] for some in (words, edited))
+    draw_strip(lines, out / "strip.png", above=before, below=after)
     print(f"wrote {out}/edit.csv, edit.png and strip.png")
     return rows
 
 
-def _plain(words: Tensor | list[str]) -> list:
+def plain(words: Tensor | list[str]) -> list:
     return words.tolist() if isinstance(words, Tensor) else words
 
 

@@ -1,14 +1,16 @@
-"""What the experiments share: medians of variants that take turns, a table, a CSV, a bar chart."""
+"""What the experiments share: medians of variants that take turns, tables, charts, strips."""
 
 import csv
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def machine() -> str:
@@ -66,6 +68,30 @@ def _text(value) -> str:
     return f"{value:,.3g}" if isinstance(value, float) and value < 100 else (
         f"{value:,.0f}" if isinstance(value, float) else str(value)
     )  # fmt: skip
+
+
+def draw_strip(lines: list[tuple[str, Tensor]], path: Path, above=(), below=()):
+    """A named row of pictures a line, (n, C, H, W) uint8 each; words above and below columns."""
+    import matplotlib.pyplot as plt
+
+    n = len(lines[0][1])
+    figure, axes = plt.subplots(
+        len(lines), n, figsize=(1.15 * n + 0.4, 1.2 * len(lines) + 0.6), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for row, (name, pictures) in zip(axes, lines, strict=True):
+        for axis, picture in zip(row, pictures.cpu(), strict=True):
+            array = picture.permute(1, 2, 0).numpy()
+            grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if array.shape[2] == 1 else {}
+            axis.imshow(array.squeeze(), interpolation="nearest", **grey)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    for axis, words in zip(axes[0], above, strict=False):
+        axis.set_title(textwrap.fill(words, 20), fontsize=6, parse_math=False)
+    for axis, words in zip(axes[-1], below, strict=False):
+        axis.set_xlabel(textwrap.fill(words, 20), fontsize=6, parse_math=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,13 +34,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
+from measure import draw_strip
+
 import cpu
 import pairs
 import rf
 import train_mnist
 from data_mnist import OneHotText, load_images, to_bytes
 from mmdit import MMDiT, load_model
-from pictures_mnist import grid
 
 EVALUATIONS = (1, 2, 4, 8, 16, 32)
 COLUMNS = (
@@ -246,24 +247,14 @@ def plot(rows: list[tuple], path: Path):
 
 def plot_strip(stages: dict[str, Path], judge: Judge, path: Path):
     """A row a stage and number of steps, a column a class; the same noise everywhere."""
-    import matplotlib.pyplot as plt
-
     n = min(10, judge.text.null)
     noise, text = judge.noise[:n].to(judge.device), judge.text(judge.labels[:n].to(judge.device))
     lines = [
         (f"{name}, {steps} step{'s' * (steps > 1)}",
-         walker_of(folder, judge)(noise, text, "euler", steps))
+         to_bytes(walker_of(folder, judge)(noise, text, "euler", steps)))
         for name, folder in stages.items() for steps in (1, 2, 4)
     ]  # fmt: skip
-    picture = grid(torch.cat([pictures for _, pictures in lines]), n)
-    figure, axes = plt.subplots(figsize=(0.62 * n + 1.6, 0.62 * len(lines)), layout="constrained")
-    axes.imshow(picture, interpolation="nearest")
-    height = picture.shape[0] / len(lines)
-    axes.set_yticks([height * (i + 0.5) for i in range(len(lines))], [name for name, _ in lines])
-    axes.set_xticks([])
-    axes.set_frame_on(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    draw_strip(lines, path)
 
 
 def write(path: Path, columns: tuple[str, ...], rows: list[tuple]):

@@ -121,6 +121,20 @@ def test_a_killed_command_goes_on_and_the_bytes_are_the_same(tmp_path, digits):
     assert again.id == whole.id
 
 
+def test_a_greater_number_adds_shards(tmp_path, digits):
+    grown = make(digits, tmp_path / "grown", "--number", 20)
+    first = [file.read_bytes() for file in grown.files]
+    grown = make(digits, tmp_path / "grown", "--number", 40)
+    whole = make(digits, tmp_path / "whole", "--number", 40)
+    assert [file.read_bytes() for file in grown.files] == [f.read_bytes() for f in whole.files]
+    assert [file.read_bytes() for file in grown.files][:2] == first and len(grown) == 40
+    with pytest.raises(SystemExit, match="number 40 there, 30 here"):
+        make(digits, tmp_path / "grown", "--number", 30)
+    make(digits, tmp_path / "part", "--number", 25)
+    with pytest.raises(SystemExit, match="number 25 there, 40 here"):  # its last shard is not full
+        make(digits, tmp_path / "part", "--number", 40)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--cfg", 3], r"holds other pairs \(cfg 1.6 there, 3.0 here\): choose another"),
     (["--steps", 5, "--segments", 2], "--steps 5 must be a multiple of --segments 2"),

@@ -67,13 +67,37 @@ def tiny(monkeypatch):
     ("model", {"ours", "ours compiled", "diffusers", "diffusers compiled", "plain product"}),
     ("blocks", {"1 double + 2 single", "0 double + 4 single", "2 double + 0 single", "head_dim 64",
                 "head_dim 128", "separate q k v and SwiGLU", "compiled"}),
-    ("sample", {"eager", "compiled"}),
+    ("sample", {"eager", "compiled", "mkl"}),
 ])  # fmt: skip
 def test_every_variant_has_its_row(tmp_path, tiny, command, variants):
     throughput.main(["--out", str(tmp_path), command, "--repeats", "2"])
     found = rows(tmp_path / f"{command}.csv")
     assert {row["variant"] for row in found} - {"ours mkl"} == variants
     assert all(float(row.get("ms") or row["s"]) > 0 for row in found)
+
+
+def test_memory_is_measured_in_processes_that_take_turns(tmp_path, tiny, monkeypatch, capsys):
+    asked = []
+
+    def child(command, **kwargs):
+        asked.append(command[-1])
+        ms = {"kept": 10.0, "usual": 15.0}[command[-1]] + len(asked) / 100
+        said = {"training step, batch 64": ms, "24 guided steps, batch 128": 10 * ms}
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(said))
+
+    monkeypatch.setattr(throughput.subprocess, "run", child)
+    throughput.main(["--out", str(tmp_path), "memory", "--repeats", "3"])
+    assert asked == ["kept", "usual"] * 3
+    found = rows(tmp_path / "memory.csv")
+    assert [(r["memory"], float(r["ms"])) for r in found] == [
+        ("kept", 10.03), ("usual", 15.04), ("kept", 100.3), ("usual", pytest.approx(150.4)),
+    ]  # fmt: skip
+    monkeypatch.undo()
+
+
+def test_a_child_measures_both(tiny):
+    found = throughput.memory_child(keep=False)
+    assert len(found) == 2 and all(ms > 0 for ms in found.values())
 
 
 def test_separate_matrices_are_the_same_network(tiny):
