@@ -1,4 +1,4 @@
-"""CPU: what makes the same arithmetic faster on processors; on GPUs nothing changes.
+"""CPU: what makes the same arithmetic faster on processors; on GPUs no result changes.
 
     keep_memory   what a step frees is kept for the next one, not handed back to the system
     product       y = x Wᵀ + b twice as fast on AMD CPUs
@@ -35,7 +35,10 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows has no CDLL(None)
         return False
-    return all(mallopt(option, MOST) == 1 for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    # The first decides: older releases take no more than 32 MiB, and a trim threshold alone would
+    # freeze the other at 128 KiB.
+    kept = mallopt(M_MMAP_THRESHOLD, MOST) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, MOST))
 
 
 # ------------------------------------------------------------------------------------------------

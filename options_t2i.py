@@ -25,6 +25,7 @@ COMMON = {
     "data_weights": [], "window": 4, "time": "logit_normal", "loss": "mse", "segments": 1,
     "sample_steps": 20, "pairs": None,
 }  # fmt: skip
+OLDER = {"time": "logit_normal", "loss": "mse", "segments": 1, "pairs_id": None}  # had no options
 # With pairs: RF++'s time, and no guidance, which is in the pairs already.
 PAIRS_DEFAULTS = {"time": "u_shaped", "cfg": 1.0}
 RECIPES = {
@@ -145,7 +146,12 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add(training, "warmup-samples", "until the full rate", type=int)
     add(training, "cooldown-samples", "at the end, a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
-    add(training, "shift", "more time near the noise if above 1", type=float)
+    add(
+        training,
+        "shift",
+        "above 1: more time near the noise (pairs: their grid)",
+        type=float,
+    )
     add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
     add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)
@@ -160,6 +166,12 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=int,
     )
 
+    add_run_options(parser, add)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser, add):
+    """What is asked of a run and where it goes, not what it learns."""
     evaluation = parser.add_argument_group("evaluation")
     add(evaluation, "eval-every-samples", "samples between evaluations", type=int)
     add(evaluation, "eval-prompts", "scored prompts of each of the six tags", type=int)
@@ -184,7 +196,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add(plan, "mfu", "share of the peak that is reached (default: 0.5)", type=float, default=0.5)
     add(plan, "peak-tflops", "of one GPU (default: 989, H100 bf16)", type=float, default=989.0)
     run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    return parser
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -218,7 +229,7 @@ def resolve(args: argparse.Namespace, record: dict | None, native: str = "fp32")
 
     native: what --precision auto means here.
     """
-    saved = record["settings"] if record else {}
+    saved = OLDER | record["settings"] if record else {}
     older = take_from_pairs(args, saved)
     older |= {} if record or not args.init else take_from_init(args)
     preset = args.preset or saved.get("preset") or older.get("preset", "tiny")
@@ -294,10 +305,12 @@ def take_from_pairs(args: argparse.Namespace, saved: dict) -> dict:
     args.pairs = args.pairs or saved.get("pairs")
     if not args.pairs:
         return {}
-    if args.data:
+    if args.data or saved.get("data"):
         raise ValueError("--pairs and --data exclude each other: pairs bring their captions along")
     pairs = Pairs(args.pairs)
     args.pairs_id, about = pairs.id, pairs.about
+    if saved and saved["pairs_id"] != pairs.id:
+        raise ValueError(f"--pairs {args.pairs} is not what the run in {args.out} is trained on")
     if about["words"] != "captions":
         raise ValueError(f"--pairs {args.pairs} has labels: train_mnist.py takes them")
     segments = args.segments or saved.get("segments") or 1
@@ -305,6 +318,12 @@ def take_from_pairs(args: argparse.Namespace, saved: dict) -> dict:
     keys = ("preset", "residual", "shift", "shapes", "colors", "places", *FROM_DATA)
     scored = about["prompts"] is None  # shapes' own captions
     run = {key: about["run"].get(key) for key in keys}
+    for key in FROM_DATA:
+        if getattr(args, key) not in (None, run[key]):
+            raise ValueError(
+                f"--{key.replace('_', '-')} {getattr(args, key)} does not fit --pairs"
+                f" {args.pairs}, made with {run[key]}: drop it"
+            )
     return run | PAIRS_DEFAULTS | steps | ({} if scored else {"shapes": 0})
 
 
@@ -325,6 +344,6 @@ def take_from_init(args: argparse.Namespace) -> dict:
     run = run_settings(find_weights(args.init))
     found = {key: run[key] for key in ("preset", "residual", "cfg", *FROM_DATA) if key in run}
     size = load_caches(args.data, args.stage)[0].manifest["size"] if args.data else args.size
-    scale = (size or run["size"]) / run["size"]
-    found |= {} if args.pairs else {"shift": run["shift"] * scale}  # pairs settle shift and cfg
-    return {k: v for k, v in found.items() if not (args.pairs and k == "cfg")}
+    if args.pairs:  # they settle the encoders, the size, shift and guidance
+        return {key: found[key] for key in ("preset", "residual") if key in found}
+    return found | {"shift": run["shift"] * (size or run["size"]) / run["size"]}

@@ -51,7 +51,7 @@ class Pairs:
         self.folder = Path(folder)
         if not (self.folder / ABOUT).is_file():
             raise FileNotFoundError(f"--pairs {folder} holds no {ABOUT}: make it with pairs.py")
-        self.about = json.loads((self.folder / ABOUT).read_text())
+        self.about = read_about(self.folder)
         self.files = [self.folder / f"{i:05d}.safetensors" for i in range(n_shards(self.about))]
         missing = sum(not file.exists() for file in self.files)
         if missing:
@@ -61,14 +61,19 @@ class Pairs:
             )
         self.id = f"{zlib.crc32(json.dumps(self.about, sort_keys=True).encode()):08x}"
         self.open = lru_cache(maxsize=None)(self._open)  # mapped into memory, not read
+        self.captions = lru_cache(maxsize=64)(self._captions)
 
     def __len__(self) -> int:
         return self.about["number"]
 
     def _open(self, shard: int):
         try:
-            return safe_open(self.files[shard], "pt")
-        except SafetensorError as error:
+            file = safe_open(self.files[shard], "pt")
+            wanted = {"states", "labels"} if self.about["words"] == "labels" else {"states"}
+            if set(file.keys()) != wanted:
+                raise ValueError(f"it holds {', '.join(file.keys())}")
+            return file
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{self.files[shard]} is broken: delete it, run pairs.py") from error
 
     @property
@@ -92,13 +97,26 @@ class Pairs:
             return states, int(file.get_slice("labels")[place])
         return states, self.captions(shard)[place]
 
-    def captions(self, shard: int) -> list[str]:
+    def _captions(self, shard: int) -> list[str]:
         return json.loads(self.open(shard).metadata()["captions"])
 
     def all(self) -> tuple[Tensor, Tensor]:
         """→ states (N, K + 1, C, h, w) fp16, labels (N,), in memory."""
         parts = [self.open(i) for i in range(len(self.files))]
         return tuple(torch.cat([p.get_tensor(key) for p in parts]) for key in ("states", "labels"))
+
+
+def read_about(folder: Path) -> dict:
+    """pairs.json. ValueError if it is not what pairs.py writes."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        _ = [about[key] for key in ("number", "shard", "segments", "shift", "words", "shape")]
+        _ = about["run"]["cfg"], about["prompts"]
+        return about
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / ABOUT} is not what pairs.py writes: make the pairs again in another folder"
+        ) from error
 
 
 def n_shards(about: dict) -> int:
@@ -116,6 +134,8 @@ class PairBatches(Batches):
         shift: float, segments: int, anneal: int, device,
     ):  # fmt: skip
         states, labels = pairs.all()
+        if int(labels.max()) >= classes:
+            raise ValueError(f"{pairs.folder} has label {labels.max()}, the data {classes} classes")
         self.images, self.labels = pairs.coarser(states, segments).to(device), labels.to(device)
         self.batch_size, self.seed, self.null = batch_size, seed, classes
         self.distribution, self.shift, self.anneal = distribution, shift, anneal
@@ -166,6 +186,8 @@ def maker_of(args: argparse.Namespace, device) -> Maker:
         raise ValueError(f"{weights} was not written by a trainer here: its config.json has no run")
     if "text_encoder" in run:
         return captions_maker(args, weights, device)
+    if args.prompts:
+        raise ValueError(f"--prompts is for runs of train_t2i.py: {args.run} has labels")
     return labels_maker(weights, run, device)
 
 
@@ -193,6 +215,8 @@ def captions_maker(args: argparse.Namespace, weights: Path, device) -> Maker:
     model, text, image, run, _ = Painter.of_run(weights, device)
     lines = args.prompts.read_text(encoding="utf-8").split("\n") if args.prompts else []
     lines = [line.strip() for line in lines if line.strip()]
+    if args.prompts and not lines:
+        raise ValueError(f"--prompts {args.prompts} holds no captions: write one on each line")
     if not lines and (run.get("data") or not run.get("shapes")):
         raise ValueError(f"{args.run} was not trained on shapes: give captions with --prompts FILE")
     world = None if lines else shapes.World(*(run[k] for k in shapes.World._fields))
@@ -243,7 +267,7 @@ def begin(out: Path, about: dict):
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / ABOUT
-    older = json.loads(path.read_text()) if path.exists() else about
+    older = read_about(out) if path.exists() else about
     grown = older["number"] % older["shard"] == 0 and about["number"] > older["number"]
     if about == older | ({"number": about["number"]} if grown else {}):
         write_whole(path, json.dumps(about, indent=1).encode())

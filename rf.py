@@ -377,24 +377,30 @@ def segment_time(
     The first digit of u in base K picks the piece, from the noise on, the rest of it the time
     inside by `distribution` (TIME_DISTRIBUTIONS). "start" makes it distillation in K steps.
     """
-    times = torch.tensor(timesteps(segments, shift), device=u.device)  # (K + 1,), from 1 to 0
+    times = _grid(segments, shift, u.device)
     k = (u * segments).long().clamp(max=segments - 1)
     above, below = times[k], times[k + 1]
     inside = time_at(u * segments - k, distribution)
     return (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
 
 
+def _grid(steps: int, shift: float, device) -> Tensor:
+    """timesteps as a tensor, made on the device: a list would have to be copied there."""
+    return shift_time(1 - torch.arange(steps + 1, device=device) / steps, shift)
+
+
 def segment_line(states: Tensor, t: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
     """The straight piece on which t lies, extended to its ends: → data, noise for rf_loss.
 
+    Where two pieces meet it is the lower one, that a walk takes from there.
     states (B, K + 1, ...) of reflow_states, made with the same shift; t (B,). So x_t is on the
     piece and noise − data its slope, whatever K is; with K = 1 it is the pair itself.
     """
     K = states.shape[1] - 1
     if K == 1:
         return states[:, 1], states[:, 0]
-    times = torch.tensor(timesteps(K, shift), device=states.device)
-    k = (times[1:-1] > t[:, None]).sum(1)  # (B,): how many pieces lie above
+    times = _grid(K, shift, states.device)
+    k = (times[1:-1] >= t[:, None]).sum(1)  # (B,): how many pieces lie above
     rows = torch.arange(len(states), device=states.device)
     upper, lower = states[rows, k], states[rows, k + 1]
     velocity = (upper - lower) / _per_sample(times[k] - times[k + 1], upper)

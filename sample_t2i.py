@@ -396,7 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--per-tag", type=int, default=100, help="scored prompts of each tag (default: 100)")
     add("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
     add("--cfg", type=float, help="guidance: 1 none, above 1 closer to the prompt (default: run's)")
-    add("--steps", type=int, help="solver steps from noise to image (default: 20, AuraFlow 50)")
+    add("--steps", type=int, help="solver steps from noise to image (default: the run's)")
     add("--size", help="side of the picture in pixels, or HEIGHTxWIDTH (default: the run's)")
     add("--solver", default="euler", help=f"one of {', '.join(rf.SOLVERS)} (default: euler)")
     add("--shift", type=float, help="of the sampler's time grid (default: the run's)")

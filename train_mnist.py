@@ -3,7 +3,7 @@
     python train_mnist.py                          MNIST, or glyphs where it cannot be downloaded
     python train_mnist.py --dataset cifar10        colour
     python train_mnist.py --dataset folder --data-dir my_images --size 32
-    python train_mnist.py --pairs P --init RUN     straighten a finished run (pairs.py makes P)
+    python train_mnist.py --pairs P --init RUN --out RUN2    straighten a run (pairs.py makes P)
     python train_mnist.py --resume                 continue where the last run stopped
     python train_mnist.py --dry-run                the whole path in one step
 
@@ -108,8 +108,12 @@ def batches_of(args: argparse.Namespace, dataset: ImageSet, device: torch.device
             dataset, args.batch_size, seed=args.seed, flip=flip, dropout=CAPTION_DROPOUT,
             device=device,
         )  # fmt: skip
+    pairs = Pairs(args.pairs)
+    if tuple(pairs.about["shape"]) != dataset.images.shape[1:]:
+        theirs, ours = (list(x) for x in (pairs.about["shape"], dataset.images.shape[1:]))
+        raise ValueError(f"--pairs {args.pairs} are of images {theirs}, the data set's are {ours}")
     return PairBatches(
-        Pairs(args.pairs), len(dataset.classes), args.batch_size, seed=args.seed,
+        pairs, len(dataset.classes), args.batch_size, seed=args.seed,
         distribution=args.time, shift=args.shift, segments=args.segments,
         anneal=round(args.anneal * args.steps), device=device,
     )  # fmt: skip
@@ -345,6 +349,7 @@ COMMON = {
 }  # fmt: skip
 # With pairs: RF++'s time, and no guidance, which is in the pairs already.
 PAIRS_DEFAULTS = {"time": "u_shaped", "cfg": 1.0}
+OLDER = {"time": "logit_normal", "loss": "mse", "segments": 1, "anneal": 0.0, "pairs_id": None}
 FROM_INIT = ("dataset", "data_dir", "size", "preset", "patch_size", "residual", "shift")
 SETTINGS = (  # what a resumed run must share with the first
     "dataset", "size", "seed", "preset", "patch_size", "residual", "batch_size", "steps", "lr",
@@ -395,7 +400,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(training, "warmup-steps", "steps until the full rate; then a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
     add(training, "ema", "width of the weights' average, as a share of the run", type=float)
-    add(training, "shift", "more time near the noise if above 1", type=float)
+    add(
+        training,
+        "shift",
+        "above 1: more time near the noise (pairs: their grid)",
+        type=float,
+    )
     add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
     add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)
@@ -437,12 +447,11 @@ def resolve(args: argparse.Namespace, device: torch.device) -> argparse.Namespac
             f"--out {args.out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
         )
-    args.pairs = args.pairs or saved.get("pairs")
-    if args.pairs is not None:
-        pairs = Pairs(args.pairs)
-        args.pairs_id = pairs.id
-        defaults |= PAIRS_DEFAULTS | {"shift": pairs.about["shift"]}
+    saved = saved and OLDER | saved
+    defaults |= take_from_pairs(args, saved)
     if args.init is not None:
+        if args.resume or args.init.resolve() == args.out.resolve():
+            raise ValueError("--init starts another run: drop --resume, and give it an --out")
         defaults |= older_run(args.init)
     for key, default in defaults.items():
         given = getattr(args, key)
@@ -484,15 +493,30 @@ def older_run(folder: Path) -> dict:
     return {key: run[key] for key in FROM_INIT if key in run}
 
 
+def take_from_pairs(args: argparse.Namespace, saved: dict) -> dict:
+    """Data and network of the run that made the pairs; what they change besides."""
+    args.pairs = args.pairs or saved.get("pairs")
+    pairs = Pairs(args.pairs) if args.pairs else None
+    args.pairs_id = pairs.id if pairs else None
+    if saved and saved["pairs_id"] != args.pairs_id:
+        raise ValueError(f"--pairs {args.pairs} is not what the run in {args.out} is trained on")
+    if pairs is None:
+        return {}
+    if pairs.about["words"] != "labels":
+        raise ValueError(f"--pairs {args.pairs} has captions: train_t2i.py takes them")
+    run = {key: pairs.about["run"][key] for key in FROM_INIT if key in pairs.about["run"]}
+    segments = args.segments or 1
+    steps = {"sample_steps": segments} if segments > 1 or args.time == "start" else {}
+    return run | PAIRS_DEFAULTS | steps
+
+
 def check_pairs(args: argparse.Namespace):
-    """Pairs were made for one kind of words, one grid of times, and so many segments."""
+    """Pairs were made for one grid of times, and so many segments."""
     if args.pairs is None:
         if args.segments != 1 or args.anneal:
             raise ValueError("--segments and --anneal are for training on --pairs: give them")
         return
     about = Pairs(args.pairs).about
-    if about["words"] != "labels":
-        raise ValueError(f"--pairs {args.pairs} has captions: train_t2i.py takes them")
     if args.segments < 1 or about["segments"] % args.segments:
         raise ValueError(f"--segments {args.segments} must divide --pairs' {about['segments']}")
     if args.shift != about["shift"]:
@@ -512,7 +536,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def launch(args: argparse.Namespace):
+def launch(args: argparse.Namespace) -> Run:
     """Data, training, exported weights, pictures."""
     started, device = time.time(), choose_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs: fp32 range, shorter products
@@ -532,6 +556,7 @@ def launch(args: argparse.Namespace):
         draw_pictures(run, held_out, out)
     where = "dry run passed; a run would leave" if args.dry_run else "wrote"
     print(f"{where} {', '.join(FILES)} in {args.out} ({time.time() - started:.0f} s)")
+    return run
 
 
 def main(argv: list[str] | None = None):

@@ -153,6 +153,8 @@ def edit(args: argparse.Namespace) -> list[tuple]:
     maker = maker_of(SimpleNamespace(run=args.run, ema=args.ema, prompts=None), device)
     if maker.words == "labels":
         data, words, edited = real_digits(maker.settings, args.data_dir, args.number)
+    elif maker.settings["vae"] != "pixels" or maker.settings.get("data"):
+        raise ValueError(f"{args.run} is not of shapes in pixels: there are no real ones to edit")
     else:
         data, words, edited = real_shapes(maker.settings, args.number)
     data, text = data.to(device), maker.features(words)

@@ -52,6 +52,9 @@ def compare(args: argparse.Namespace) -> list[tuple]:
     for path, painter in painters.items():
         if painter.settings.get("data") or not painter.settings.get("shapes"):
             raise ValueError(f"{path} was not trained on shapes: there is nothing to score")
+    worlds = {tuple(p.settings[key] for key in shapes.World._fields) for p in painters.values()}
+    if len(worlds) > 1:
+        raise ValueError("these runs live in different worlds (--size, …): score each alone")
     rows, lines = [], []
     print("  ".join(f"{column:>13}" for column in COLUMNS))
     for path, painter in painters.items():

@@ -49,6 +49,7 @@ COLUMNS = (
 )  # fmt: skip
 ABLATE_COLUMNS = ("time", "loss", "seed", "recognised_1", "frechet_1", "recognised_2", "frechet_2")
 STRAIGHT = 200  # samples for the straightness
+CHECKED = ("steps", "time", "loss", "seed", "anneal", "preset", "pairs_id")  # of a begun stage
 
 # ------------------------------------------------------------------------------------------------
 # The stages
@@ -62,41 +63,43 @@ def make_pairs(args: argparse.Namespace, run: Path, out: Path, steps: int):
     pairs.launch(pairs.build_parser().parse_args([str(x) for x in options]))
 
 
-def train(args: argparse.Namespace, out: Path, steps: int, *options):
+def train(args: argparse.Namespace, out: Path, steps: int, **options):
     """An ordinary run of train_mnist.py on pairs: a stopped one goes on, a finished one stays."""
-    if (out / "model.safetensors").exists():
-        return
+    told = {"out": out, "steps": steps, "device": args.device} | options
+    told |= {"data_dir": args.data_dir} if args.data_dir else {}
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = train_mnist.load_checkpoint(checkpoint)
+        begun, asked = state["settings"], told | {"pairs_id": pairs.Pairs(told["pairs"]).id}
+        differs = [f"{k} {begun[k]} there, {asked[k]} here" for k in CHECKED
+                   if k in asked and begun[k] != asked[k]]  # fmt: skip
+        if differs:
+            raise ValueError(f"{out} was begun otherwise ({'; '.join(differs)}): add --overwrite")
+        if state["step"] == steps and (out / "model.safetensors").exists():
+            return
+        told.pop("init", None)  # the checkpoint is further
     print(f"{out.name}: {steps} steps", flush=True)
-    told = ["--out", out, "--steps", steps, "--device", args.device, *options]
-    told += ["--data-dir", args.data_dir] if args.data_dir else []
-    told += ["--resume"] if (out / "checkpoint.pt").exists() else ["--overwrite"]
-    train_mnist.launch(train_mnist.build_parser().parse_args([str(x) for x in told]))
+    words = [w for k, v in told.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    words += ["--resume" if checkpoint.exists() else "--overwrite"]
+    run = train_mnist.launch(train_mnist.build_parser().parse_args(words))
+    if run.step < steps:
+        raise KeyboardInterrupt  # it has saved and ended its pictures; what follows needs it whole
 
 
 def build_stages(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """name → the folder of its run; made where it is missing."""
     first = args.run
     make_pairs(args, first, folder / "pairs", steps=12)
-    seed = ["--seed", args.seed]
-    how = ["--time", args.time, "--loss", args.loss, *seed]
-    init = ["--pairs", folder / "pairs", "--init", first]
-    train(args, folder / "second", args.steps, *init, *how, "--sample-steps", 4)
+    how = {"loss": args.loss, "seed": args.seed}
+    second = {"pairs": folder / "pairs", "time": args.time, "sample_steps": 4} | how
+    train(args, folder / "second", args.steps, init=first, **second)
     make_pairs(args, folder / "second", folder / "pairs2", steps=8)
-    init = ["--pairs", folder / "pairs2", "--init", folder / "second", "--time", "start"]
-    train(
-        args, folder / "distilled", args.steps, *init, "--loss", args.loss, *seed,
-        "--sample-steps", 1,
-    )  # fmt: skip
+    one = {"pairs": folder / "pairs2", "time": "start", "sample_steps": 1} | how
+    train(args, folder / "distilled", args.steps, init=folder / "second", **one)
     stages = {"first": first, "second": folder / "second", "distilled": folder / "distilled"}
     if args.student:
-        run = json.loads((first / "config.json").read_text())["run"]
-        told = ["--preset", args.student, "--dataset", run["dataset"], "--anneal", 0.3]
-        if not args.data_dir:
-            told += ["--data-dir", run["data_dir"]]
-        train(
-            args, folder / "student", 2 * args.steps, "--pairs", folder / "pairs", *told, *how,
-            "--sample-steps", 4,
-        )  # fmt: skip
+        narrow = {"preset": args.student, "anneal": 0.3} | second
+        train(args, folder / "student", 2 * args.steps, **narrow)
         stages["student"] = folder / "student"
     return stages
 
@@ -274,11 +277,8 @@ def ablate(args: argparse.Namespace, folder: Path, judge: Judge) -> list[tuple]:
     rows = []
     for where, loss, seed in product(("uniform", "u_shaped"), rf.LOSSES, args.ablate):
         out = folder / "ablate" / f"{where} {loss} {seed}"
-        init = ["--pairs", folder / "pairs", "--init", args.run, "--seed", seed]
-        train(
-            args, out, args.ablate_steps, *init, "--time", where, "--loss", loss,
-            "--sample-steps", 4,
-        )  # fmt: skip
+        how = {"time": where, "loss": loss, "seed": seed, "sample_steps": 4}
+        train(args, out, args.ablate_steps, pairs=folder / "pairs", init=args.run, **how)
         walker = walker_of(out, judge)
         found = []
         for steps in (1, 2):
@@ -309,7 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=8000, help="training steps of a stage (default: 8000)")
     add("--time", default="u_shaped", choices=rf.TIME_DISTRIBUTIONS, help="(default: u_shaped)")
     add("--loss", default="pseudo_huber", choices=rf.LOSSES, help="(default: pseudo_huber)")
-    add("--student", metavar="PRESET", help="also a narrower flow, say digits-narrow")
+    add("--student", metavar="PRESET", help="also a smaller flow, say digits-narrow")
     add("--ablate", type=int, nargs="+", metavar="SEED", help="compare time and loss instead")
     add("--ablate-steps", type=int, default=1500, help="training steps of each (default: 1500)")
     add("--samples", type=int, default=1000, help="that the CNN reads (default: 1000)")
@@ -324,6 +324,8 @@ def launch(args: argparse.Namespace) -> list[tuple]:
     started, device = time.time(), train_mnist.choose_device(args.device)
     if not (args.run / "model.safetensors").is_file():
         raise FileNotFoundError(f"{args.run} holds no finished run: python train_mnist.py")
+    if "dataset" not in json.loads((args.run / "config.json").read_text()).get("run", {}):
+        raise ValueError(f"{args.run} is no run of train_mnist.py")
     if args.samples < 2:
         raise ValueError(f"--samples {args.samples} must be at least 2")
     folder = args.run / "reflow"

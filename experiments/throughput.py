@@ -108,7 +108,8 @@ def step_of(network: torch.nn.Module, size: Size, device: torch.device) -> Calla
     text = torch.randn(size.batch, size.tokens, config.text_dim, generator=generator).to(device)
     text = text.to(next(network.parameters()).dtype)
     t = torch.rand(size.batch, generator=generator).to(device)
-    adamw = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+    graphs = device.type == "cuda"  # AdamW must be told that it may be captured
+    adamw = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True, capturable=graphs)
 
     def step():
         loss = rf.rf_loss(network, data, text, t=t, noise=noise).mean()
@@ -133,6 +134,7 @@ def tuned(step: Callable, how: list[str]) -> Callable:
 def graphed(step: Callable) -> Callable:
     """The whole step as one CUDA graph: no kernel is launched from Python any more."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()

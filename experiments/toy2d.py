@@ -168,15 +168,17 @@ class FlowMap(nn.Module):
         return x + (t - s)[:, None] * self.mean_velocity(x, s, t)
 
 
-def lagrangian_loss(flow: FlowMap, data: Tensor, source: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """‖u(x_s, s, s) − (source − data)‖² + ‖∂_t X(x_s, s, t) − v(X(x_s, s, t), t)‖², (B,).
+def lagrangian_loss(
+    flow: FlowMap, data: Tensor, source: Tensor, r: Tensor, s: Tensor, t: Tensor
+) -> Tensor:
+    """‖u(x_r, r, r) − (source − data)‖² + ‖∂_t X(x_s, s, t) − v(X(x_s, s, t), t)‖², (B,).
 
     The first term is rf_loss; the second says that the map moves as the flow does, with the map's
     own diagonal for v, its gradient stopped (the paper's Algorithm for LSD): no teacher is needed.
     """
+    x, target = rf.interpolate(data, source, r), rf.velocity_target(data, source)
+    matching = (flow.mean_velocity(x, r, r) - target).square().sum(1)
     x = rf.interpolate(data, source, s)
-    target = rf.velocity_target(data, source)
-    matching = (flow.mean_velocity(x, s, s) - target).square().sum(1)
     ones = torch.ones_like(t)
     end, slope = torch.func.jvp(lambda time: flow(x, s, time), (t,), (ones,))
     velocity = flow.mean_velocity(end, t, t).detach()
@@ -192,10 +194,10 @@ def train_flow_map(args: argparse.Namespace, name: str, steps: int) -> FlowMap:
     data = draw(name, steps * BATCH, args.seed, f"flow map data {name}").split(BATCH)
     source = draw(args.source, steps * BATCH, args.seed, f"flow map source {name}").split(BATCH)
     for step in range(steps):
-        s, t = torch.rand(2, BATCH, generator=generator)
+        r, s, t = torch.rand(3, BATCH, generator=generator)
         s, t = torch.maximum(s, t), torch.minimum(s, t)  # towards the data
         adam.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        lagrangian_loss(flow, data[step], source[step], s, t).mean().backward()
+        lagrangian_loss(flow, data[step], source[step], r, s, t).mean().backward()
         adam.step()
         adam.zero_grad()
         average.update(step + 1)
@@ -350,8 +352,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = build_parser().parse_args(argv)
-    if args.steps < 1:
-        sys.exit(f"toy2d.py: --steps {args.steps} must be at least 1")
+    for key, least in {"steps": 1, "seed": 0}.items():
+        if getattr(args, key) < least:
+            sys.exit(f"toy2d.py: --{key} {getattr(args, key)} must be at least {least}")
+    try:
+        return run(args)
+    except OSError as error:
+        sys.exit(f"toy2d.py: {error}")
+
+
+def run(args: argparse.Namespace) -> list[dict]:
     started, rows = time.time(), []
     args.out.mkdir(parents=True, exist_ok=True)
     print("  ".join(f"{column:>12}" for column in COLUMNS))

@@ -109,6 +109,26 @@ def test_every_product_gets_whole_rows(monkeypatch):
     assert torch.allclose(weight.grad, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("most, asked", [
+    (2**31 - 1, [(-3, 2**31 - 1), (-1, 2**31 - 1)]),
+    (2**25, [(-3, 2**31 - 1), (-3, 2**25), (-1, 2**31 - 1)]),  # older glibc
+    (0, [(-3, 2**31 - 1), (-3, 2**25)]),  # refused: nothing else may be touched
+])  # fmt: skip
+def test_older_c_libraries_are_not_made_slower(monkeypatch, most, asked):
+    calls = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            calls.append((option, value))
+            return int(option == -1 or value <= most)
+
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Library)
+    assert cpu.keep_memory() == (most > 0) and calls == asked
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())  # macOS, musl
+    assert not cpu.keep_memory()
+
+
 def test_freed_memory_is_kept():
     """In a process of its own: how many pages the system hands out again for the same tensors."""
     script = """

@@ -94,6 +94,10 @@ def test_pairs_of_captions_are_those_training_saw(tmp_path, shapes_run):
     assert len(set(captions)) > 15
     own = tmp_path / "own.txt"
     own.write_text("a red square\n\n  a blue ring \n")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(SystemExit, match=r"empty.txt holds no captions: write one on each line"):
+        make(shapes_run, tmp_path / "none", "--prompts", empty)
     other = make(shapes_run, tmp_path / "other", "--prompts", own)
     assert {other.row(i)[1] for i in range(25)} == {"a red square", "a blue ring"}
 
@@ -141,6 +145,7 @@ def test_a_greater_number_adds_shards(tmp_path, digits):
     (["--solver", "magic"], "--solver 'magic' must be one of"),
     (["--number", 0], "--number 0 must be at least 1"),
     (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is not there"),
+    (["--prompts", __file__], "--prompts is for runs of train_t2i.py"),
 ])  # fmt: skip
 def test_bad_options_end_in_one_line(tmp_path, digits, options, message):
     out = tmp_path / "pairs"
@@ -154,6 +159,12 @@ def test_pairs_that_are_not_there_or_broken(tmp_path, digits):
     with pytest.raises(FileNotFoundError, match=r"holds no pairs.json: make it with pairs.py"):
         Pairs(tmp_path)
     made = make(digits, tmp_path / "pairs")
+    whole = (made.folder / "pairs.json").read_text()
+    for broken in ("", "{", "{}", "[]", whole.replace('"segments"', '"parts"')):
+        (made.folder / "pairs.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"pairs.json is not what pairs.py writes"):
+            Pairs(made.folder)
+    (made.folder / "pairs.json").write_text(whole)
     made.files[1].write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match=r"is broken: delete it, run pairs.py"):
         Pairs(tmp_path / "pairs").row(12)
@@ -261,6 +272,60 @@ def test_bad_options_of_training_end_in_one_line(tmp_path, digits, options, mess
     with pytest.raises(SystemExit, match=message) as stopped:
         reflow(tmp_path / "run", made, digits, *options)
     assert "\n" not in str(stopped.value)
+
+
+def test_a_run_is_not_started_on_top_of_its_beginning(tmp_path, digits):
+    made = make(digits, tmp_path / "pairs")
+    with pytest.raises(SystemExit, match="--init starts another run: drop --resume, and give it"):
+        reflow(digits, made, digits, "--overwrite")
+    assert (digits / "model.safetensors").exists()
+    reflow(tmp_path / "run", made, digits)
+    with pytest.raises(SystemExit, match="--init starts another run"):
+        reflow(tmp_path / "run", made, digits, "--resume")
+
+
+def test_a_run_is_not_resumed_on_other_pairs(tmp_path, digits):
+    made = make(digits, tmp_path / "pairs", "--number", 20)
+    reflow(tmp_path / "run", made, digits)
+    resume = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    other = make(digits, tmp_path / "other", "--seed", 1)
+    with pytest.raises(SystemExit, match="is not what the run in .* is trained on"):
+        train_mnist.main([*resume, "--pairs", str(other.folder)])
+    make(digits, tmp_path / "pairs", "--number", 40)  # the same folder, grown
+    with pytest.raises(SystemExit, match="is not what the run in .* is trained on"):
+        train_mnist.main(resume)
+
+
+def test_pairs_of_other_images_are_refused(tmp_path, digits, image_folder):
+    made = make(digits, tmp_path / "pairs")
+    told = ["--pairs", made.folder, "--dataset", "folder", "--data-dir", image_folder, "--size",
+            28, "--out", tmp_path / "run", "--device", "cpu"]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"are of images \[1, 28, 28\], the data set's are \[3,"):
+        train_mnist.main([str(x) for x in told])
+
+
+def test_a_distilled_run_is_drawn_in_its_own_steps(tmp_path, digits):
+    made = make(digits, tmp_path / "pairs", "--segments", 2)
+    told = ["--pairs", made.folder, "--init", digits, "--out", tmp_path / "run"]
+    for options, steps in ((["--time", "start"], 1), (["--segments", 2], 2), ([], 24)):
+        given = [str(x) for x in (*told, *options)]
+        args = train_mnist.build_parser().parse_args(given)
+        assert train_mnist.resolve(args, torch.device("cpu")).sample_steps == steps
+
+
+def test_an_older_checkpoint_keeps_its_time_and_loss(tmp_path, digits):
+    """Runs from before these options had logit-normal time, squared error and no pairs."""
+    out, options = tmp_path / "run", ("--steps", 4, "--batch-size", 4, "--dataset", "glyphs")
+    told = [*options, "--preset", "small", "--out", out, "--device", "cpu", "--sample-steps", 1]
+    train_mnist.main([str(x) for x in told])
+    state = checkpoint(out)
+    for key in train_mnist.OLDER:
+        del state["settings"][key]
+    torch.save(state, out / "checkpoint.pt")
+    resume = ["--resume", "--out", str(out), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="--time uniform differs from the run"):
+        train_mnist.main([*resume, "--time", "uniform"])
+    train_mnist.main(resume)
 
 
 def test_pairs_of_the_other_chapter_are_refused(tmp_path, shapes_run, digits):

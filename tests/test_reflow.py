@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import signal
 
 import edit
 import few_steps
@@ -9,7 +11,7 @@ import pytest
 import reflow
 import torch
 from test_pairs import DIGITS, DIGITS_RUN, SHAPES_RUN, run_of
-from test_train_mnist import few_glyphs, small  # noqa: F401
+from test_train_mnist import checkpoint, few_glyphs, small  # noqa: F401
 
 import rf
 import train_mnist
@@ -63,17 +65,30 @@ def test_all_stages_are_made_scored_and_kept(tmp_path, run, small_batches, capsy
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == there
 
 
-def test_a_stage_that_was_stopped_goes_on(tmp_path, run, small_batches):
+def test_a_stage_that_was_stopped_goes_on(tmp_path, run, small_batches, monkeypatch):
     folder = run / "reflow"
     told = reflow.build_parser().parse_args(options(run, tmp_path))
     folder.mkdir()
     reflow.make_pairs(told, run, folder / "pairs", 12)
-    init = ["--pairs", folder / "pairs", "--init", run]
-    reflow.train(told, folder / "second", 3, *init)
-    whole = (folder / "second" / "model.safetensors").read_bytes()
-    (folder / "second" / "model.safetensors").unlink()  # as if it died before the end
-    reflow.train(told, folder / "second", 3, *init)
-    assert (folder / "second" / "model.safetensors").read_bytes() == whole
+    how = {"pairs": folder / "pairs", "init": run}
+    reflow.train(told, folder / "whole", 6, **how)
+    original = train_mnist.train_step
+
+    def interrupted(state, *rest):
+        original(state, *rest)
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_mnist, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # no later stage begins with half a network
+        reflow.train(told, folder / "parted", 6, **how)
+    assert checkpoint(folder / "parted")["step"] == 3
+    monkeypatch.setattr(train_mnist, "train_step", original)
+    reflow.train(told, folder / "parted", 6, **how)
+    a, b = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "parted"))
+    assert a == b
+    with pytest.raises(ValueError, match=r"was begun otherwise \(steps 6 there, 5 here\): add"):
+        reflow.train(told, folder / "whole", 5, **how)
 
 
 def test_the_ablation_has_a_row_a_seed(tmp_path, run, small_batches):
@@ -172,5 +187,11 @@ def test_few_steps_scores_guided_and_unguided_runs(tmp_path):
 
 def test_a_run_that_is_not_of_shapes_is_refused(tmp_path):
     run = run_of(tmp_path / "run", PRESETS["tiny"], SHAPES_RUN | {"data": ["x"]})
+    with pytest.raises(SystemExit, match="is not of shapes in pixels"):
+        edit.main([str(run), "--device", "cpu"])
+    first = run_of(tmp_path / "first", PRESETS["tiny"], SHAPES_RUN)
+    other = run_of(tmp_path / "other", PRESETS["tiny"], SHAPES_RUN | {"shapes": 5})
+    with pytest.raises(SystemExit, match="live in different worlds"):
+        few_steps.main([str(first), str(other), "--device", "cpu"])
     with pytest.raises(SystemExit, match="was not trained on shapes: there is nothing to score"):
         few_steps.main([str(run), "--device", "cpu"])

@@ -496,6 +496,17 @@ def test_a_segments_line_passes_through_its_ends_and_knows_its_slope():
         assert torch.allclose(rf.velocity_target(data, noise)[i], slope, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_where_two_pieces_meet_it_is_the_one_that_a_walk_takes(shift):
+    states, times = randn(4, 5, 3), torch.tensor(rf.timesteps(4, shift))
+    data, noise = rf.segment_line(states, times[:-1], shift)
+    for k in range(4):
+        slope = (states[k, k] - states[k, k + 1]) / (times[k] - times[k + 1])
+        assert torch.allclose((noise - data)[k], slope, atol=1e-4)
+    last, _ = rf.segment_line(states[:1], torch.zeros(1), shift)
+    assert torch.allclose(last[0], states[0, -1])
+
+
 def test_one_segments_line_is_the_pair():
     states = randn(5, 2, 3, 4)
     data, noise = rf.segment_line(states, torch.rand(5, dtype=F64))
@@ -508,7 +519,7 @@ def test_a_flow_trained_on_segments_walks_them_in_as_many_steps():
     states = rf.reflow_states(gaussian_velocity, noise, noise, segments=4, steps=400, shift=2.0)
 
     def piecewise(x, t, text=None):
-        data, start = rf.segment_line(states, t - 1e-9, shift=2.0)
+        data, start = rf.segment_line(states, t, shift=2.0)
         return start - data
 
     u = torch.full((7,), 0.6)

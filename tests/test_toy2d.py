@@ -53,8 +53,8 @@ class Straight(toy2d.FlowMap):
 def test_the_lagrangian_loss_is_zero_for_the_exact_flow_map():
     data = torch.randn(50, 2)
     source = data + torch.tensor([1.0, -2.0])
-    s, t = torch.rand(50), torch.rand(50)
-    loss = toy2d.lagrangian_loss(Straight(), data, source, s, t)
+    r, s, t = torch.rand(3, 50)
+    loss = toy2d.lagrangian_loss(Straight(), data, source, r, s, t)
     assert loss.shape == (50,) and loss.max() < 1e-9
     assert torch.allclose(toy2d.walk_map(Straight(), source, 1), data, atol=1e-6)
     assert torch.allclose(toy2d.walk_map(Straight(), source, 3), data, atol=1e-6)
@@ -69,7 +69,7 @@ def test_the_lagrangian_loss_sees_a_map_that_does_not_move_as_its_flow():
     source = data + torch.tensor([1.0, -2.0])
     s, t = torch.full((50,), 0.9), torch.full((50,), 0.4)
     # X = x + (t−s)(1 + (t−s))·c: its slope is (1 + 2(t−s))·c, the diagonal says c
-    loss = toy2d.lagrangian_loss(Bent(), data, source, s, t)
+    loss = toy2d.lagrangian_loss(Bent(), data, source, s, s, t)
     assert torch.allclose(loss, torch.full((50,), 5 * (2 * 0.5) ** 2), atol=1e-4)
 
 

@@ -160,9 +160,9 @@ def test_a_step_is_flow_matching_and_mup_adamw(monkeypatch):
     batches = data_mnist.Batches(dataset, 4, seed=0, flip=False, dropout=0.5, device="cpu")
     seen, real = {}, rf.rf_loss
 
-    def recorded(model, data, text, *, t, noise):
+    def recorded(model, data, text, *, t, noise, loss):
         seen.update(data=data, text=text, t=t, noise=noise)
-        return real(model, data, text, t=t, noise=noise)
+        return real(model, data, text, t=t, noise=noise, loss=loss)
 
     monkeypatch.setattr(rf, "rf_loss", recorded)
     batch = batches[0]

@@ -11,7 +11,7 @@ import train_t2i
 import zero
 from data_t2i import encode
 from mmdit import PRESETS, load_model
-from options_t2i import resolve
+from options_t2i import resolve, settings
 
 SHORT = ("--samples", 48, "--eval-every-samples", 24, "--save-every-samples", 24, "--batch-size", 8)
 
@@ -100,10 +100,39 @@ def test_captions_of_ones_own_have_a_loss_and_pictures_but_no_score(tmp_path, ru
     (["--data", "x"], "--pairs and --data exclude each other"),
     (["--time", "noon"], "--time 'noon' must be one of"),
     (["--sample-steps", 0], "--sample-steps 0 must be at least 1"),
+    (["--size", 32], "--size 32 does not fit --pairs .*, made with 20: drop it"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, made, options, message):
     with pytest.raises(ValueError, match=message):
         resolve(arguments(tmp_path / "run", "--pairs", made.folder, *options), None)
+
+
+def test_another_folder_of_pairs_does_not_resume(tmp_path, run, made):
+    saved = resolved_settings(tmp_path, "--pairs", made.folder)
+    other = make(run, tmp_path / "other", "--seed", 1)
+    for older, given in ((saved, other.folder), (saved | {"pairs_id": None}, made.folder)):
+        with pytest.raises(ValueError, match="is not what the run in .* is trained on"):
+            resolve(arguments(tmp_path / "run", "--pairs", given), {"settings": older})
+    with pytest.raises(ValueError, match="exclude each other"):
+        older = saved | {"data": ["x"], "pairs": None}
+        resolve(arguments(tmp_path / "run", "--pairs", made.folder), {"settings": older})
+
+
+def test_an_older_record_keeps_its_time(tmp_path):
+    saved = resolved_settings(tmp_path)
+    for key in ("time", "loss", "segments", "pairs_id", "pairs", "sample_steps"):
+        del saved[key]
+    with pytest.raises(ValueError, match="--time uniform differs from the run to resume"):
+        resolve(arguments(tmp_path / "run", "--time", "uniform"), {"settings": saved})
+    args = arguments(tmp_path / "run")
+    resolve(args, {"settings": saved})
+    assert (args.time, args.loss, args.sample_steps) == ("logit_normal", "mse", 20)
+
+
+def resolved_settings(tmp_path, *options):
+    args = arguments(tmp_path / "run", *options)
+    resolve(args, None)
+    return settings(args)
 
 
 def test_segments_without_pairs_are_refused(tmp_path):
