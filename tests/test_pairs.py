@@ -289,10 +289,10 @@ def test_a_run_is_not_resumed_on_other_pairs(tmp_path, digits):
     reflow(tmp_path / "run", made, digits)
     resume = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]
     other = make(digits, tmp_path / "other", "--seed", 1)
-    with pytest.raises(SystemExit, match="is not what the run in .* is trained on"):
+    with pytest.raises(SystemExit, match=r"is not what the run in .* is trained on"):
         train_mnist.main([*resume, "--pairs", str(other.folder)])
     make(digits, tmp_path / "pairs", "--number", 40)  # the same folder, grown
-    with pytest.raises(SystemExit, match="is not what the run in .* is trained on"):
+    with pytest.raises(SystemExit, match=r"is not what the run in .* is trained on"):
         train_mnist.main(resume)
 
 

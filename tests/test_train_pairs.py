@@ -111,7 +111,7 @@ def test_another_folder_of_pairs_does_not_resume(tmp_path, run, made):
     saved = resolved_settings(tmp_path, "--pairs", made.folder)
     other = make(run, tmp_path / "other", "--seed", 1)
     for older, given in ((saved, other.folder), (saved | {"pairs_id": None}, made.folder)):
-        with pytest.raises(ValueError, match="is not what the run in .* is trained on"):
+        with pytest.raises(ValueError, match=r"is not what the run in .* is trained on"):
             resolve(arguments(tmp_path / "run", "--pairs", given), {"settings": older})
     with pytest.raises(ValueError, match="exclude each other"):
         older = saved | {"data": ["x"], "pairs": None}
