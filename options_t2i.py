@@ -135,12 +135,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add(training, "samples", "samples to train on in all", type=int)
     add(training, "batch-size", "samples a step, of all ranks together", type=int)
-    add(
-        training,
-        "micro-batch",
-        "samples a pass of one rank (default: see --most-at-once)",
-        type=int,
-    )
+    add(training, "micro-batch", "samples a pass of one rank (see --most-at-once)", type=int)
     add(training, "most-at-once", "otherwise the largest that fits, up to this", type=int)
     add(training, "lr", "learning rate at muP's base width; holds over width", type=float)
     add(training, "warmup-samples", "until the full rate", type=int)

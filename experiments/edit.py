@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
-from measure import draw_strip
-
 import cpu
 import rf
 import shapes
 from data_mnist import load_images, to_bytes, to_unit
+from measure import draw_strip
 from pairs import Maker, maker_of
 from train_mnist import choose_device
 

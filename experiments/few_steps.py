@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
-from measure import draw_strip
-
 import cpu
 import shapes
+from measure import draw_strip
 from sample_t2i import Painter, draw, fixed_noise, latent_size, obeyed, scores, shapes_prompts
 from train_mnist import choose_device
 

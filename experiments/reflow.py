@@ -29,18 +29,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from digit_score import frechet_distance, n_unseen, read, reader_for, shuffled
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
+from digit_score import frechet_distance, n_unseen, read, reader_for, shuffled
 
-from measure import draw_strip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
 
 import cpu
 import pairs
 import rf
 import train_mnist
 from data_mnist import OneHotText, load_images, to_bytes
+from measure import draw_strip
 from mmdit import MMDiT, load_model
 
 EVALUATIONS = (1, 2, 4, 8, 16, 32)

@@ -1,10 +1,10 @@
 """experiments/digit_score.py: its distance against a closed form, and its path end to end."""
 
-import digit_score
 import pytest
 import torch
 
 import data_mnist
+import digit_score
 import train_mnist
 
 

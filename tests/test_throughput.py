@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import measure
 import pytest
 import throughput
 import torch
 
+import measure
 from cache import TextFormat
 from mmdit import MMDiT, MMDiTConfig
 
