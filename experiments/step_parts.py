@@ -1,4 +1,4 @@
-"""A step of train_t2i.py taken apart from outside, so that the loop stays plain (throughput.py step).
+"""A step of train_t2i.py taken apart from outside: the loop stays plain (throughput.py step).
 
 trainer_steps   seconds of steps of the real loop          ranges   names its parts for the profiler
 bare_step       loss, gradients and AdamW alone            parts    the profile as a table
