@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace) -> list[tuple]:
             cfg = painter.settings["cfg"] if guided else 1.0
             row, pictures, captions = score(painter, path.name, cfg, steps, args, device)
             rows.append(row)
-            lines.append((f"{path.name}, {row[3]} passes", pictures))
+            lines.append((f"{path.name}, {row[3]} pass{'es' * (row[3] > 1)}", pictures))
             cells = (f"{x:.3f}" if isinstance(x, float) else x for x in row)
             print("  ".join(f"{cell:>13}" for cell in cells), flush=True)
     out = (args.others or [args.run])[-1]

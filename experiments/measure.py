@@ -75,21 +75,23 @@ def draw_strip(lines: list[tuple[str, Tensor]], path: Path, above=(), below=()):
     import matplotlib.pyplot as plt
 
     n = len(lines[0][1])
+    words = bool(above or below)
     figure, axes = plt.subplots(
-        len(lines), n, figsize=(1.15 * n + 0.4, 1.2 * len(lines) + 0.6), layout="constrained",
-        squeeze=False,
+        len(lines), n, figsize=(0.85 * n + 1, 0.85 * len(lines) + 0.8 * words), squeeze=False,
+        layout="constrained",
     )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for row, (name, pictures) in zip(axes, lines, strict=True):
         for axis, picture in zip(row, pictures.cpu(), strict=True):
             array = picture.permute(1, 2, 0).numpy()
             grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if array.shape[2] == 1 else {}
             axis.imshow(array.squeeze(), interpolation="nearest", **grey)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     for axis, words in zip(axes[0], above, strict=False):
-        axis.set_title(textwrap.fill(words, 20), fontsize=6, parse_math=False)
+        axis.set_title(textwrap.fill(words, 17), fontsize=6, parse_math=False)
     for axis, words in zip(axes[-1], below, strict=False):
-        axis.set_xlabel(textwrap.fill(words, 20), fontsize=6, parse_math=False)
+        axis.set_xlabel(textwrap.fill(words, 17), fontsize=6, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

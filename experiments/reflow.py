@@ -176,14 +176,17 @@ def walker_of(folder: Path, judge: Judge) -> Walker:
 
 
 def score_stage(name: str, folder: Path, judge: Judge) -> list[tuple]:
+    """A row a solver and number of evaluations. The distilled flow is a map for one step alone."""
     walker = walker_of(folder, judge)
+    guided = 1 if walker.cfg == 1 else 2  # network passes of an evaluation
+    if name == "distilled":
+        return [(name, "euler", 1, 1, *judge.ask(partial(walker, solver="euler", steps=1)), "")]
     few = slice(0, STRAIGHT)
     bend = rf.straightness(
         walker.model, judge.noise[few].to(judge.device),
         judge.text(judge.labels[few].to(judge.device)), null_text=walker.null_text,
         cfg=walker.cfg, steps=50,
     ).mean().item()  # fmt: skip
-    guided = 1 if walker.cfg == 1 else 2  # network passes of an evaluation
     rows = []
     for solver, evaluations in product(rf.SOLVERS, EVALUATIONS):
         if solver != "euler" and evaluations == 1:
@@ -215,9 +218,10 @@ def score_stage(name: str, folder: Path, judge: Judge) -> list[tuple]:
 def show(rows: list[tuple]):
     for row in rows:
         stage, solver, steps, passes, recognised, distance, ratio, bend = row
+        bend = f"{bend:.2f}" if bend != "" else ""
         print(
             f"{stage:>10} {solver:>10} {steps!s:>10} {passes:>10} {recognised:>10.1%}"
-            f" {distance:>10.2f} {ratio:>13.2f} {bend:>12.2f}", flush=True
+            f" {distance:>10.2f} {ratio:>13.2f} {bend:>12}", flush=True
         )  # fmt: skip
 
 
@@ -230,7 +234,7 @@ def plot(rows: list[tuple], path: Path):
         for solver, style in {"euler": "o-", "rf_solver": "s:"}.items():
             mine = [row for row in rows if row[:2] == (stage, solver)]
             passes = [row[3] for row in mine]
-            for axis, column, scale in ((axes[0], 4, 100), (axes[1], 5, 1)):
+            for axis, column, scale in ((axes[0], 4, 100), (axes[1], 5, 1)) if mine else ():
                 axis.plot(passes, [scale * row[column] for row in mine], style, color=f"C{k}",
                           ms=4, label=f"{stage}, {solver}")  # fmt: skip
         for row in (row for row in rows if row[:2] == (stage, "rk45")):
@@ -240,9 +244,11 @@ def plot(rows: list[tuple], path: Path):
     axes[1].set(ylabel="Fréchet distance", xscale="log", yscale="log",
                 xlabel="network passes a sample (★ RK45)")  # fmt: skip
     axes[0].legend(fontsize=7)
-    bends = [next(row[7] for row in rows if row[0] == stage) for stage in stages]
-    bars = axes[2].bar(stages, bends, color=[f"C{k}" for k in range(len(stages))])
-    axes[2].bar_label(bars, [f"{b:.1f}" for b in bends], fontsize=8)
+    bends = {row[0]: (row[7], f"C{stages.index(row[0])}") for row in rows if row[7] != ""}
+    bars = axes[2].bar(
+        list(bends), [b for b, _ in bends.values()], color=[c for _, c in bends.values()]
+    )
+    axes[2].bar_label(bars, fmt="%.1f", fontsize=8)
     axes[2].set(title="straightness (0: straight)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -255,7 +261,8 @@ def plot_strip(stages: dict[str, Path], judge: Judge, path: Path):
     lines = [
         (f"{name}, {steps} step{'s' * (steps > 1)}",
          to_bytes(walker_of(folder, judge)(noise, text, "euler", steps)))
-        for name, folder in stages.items() for steps in (1, 2, 4)
+        for name, folder in stages.items()
+        for steps in ((1,) if name == "distilled" else (1, 2, 4))
     ]  # fmt: skip
     draw_strip(lines, path)
 

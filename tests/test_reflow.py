@@ -46,13 +46,13 @@ def small_batches(monkeypatch):
 
 def test_all_stages_are_made_scored_and_kept(tmp_path, run, small_batches, capsys):
     rows = reflow.main(options(run, tmp_path))
-    stages = ("first", "second", "distilled")
+    guided, plain = (
+        [("euler", 1, f), ("euler", 4, 4 * f), ("heun", 2, 3 * f), ("rf_solver", 2, 4 * f)]
+        for f in (2, 1)
+    )
     assert [row[:4] for row in rows if row[1] != "rk45"] == [
-        (stage, solver, steps, passes * (2 if stage == "first" else 1))
-        for stage in stages
-        for solver, steps, passes in (
-            ("euler", 1, 1), ("euler", 4, 4), ("heun", 2, 3), ("rf_solver", 2, 4),
-        )
+        *[("first", *row) for row in guided], *[("second", *row) for row in plain],
+        ("distilled", "euler", 1, 1),
     ]  # fmt: skip
     with open(run / "reflow" / "reflow.csv") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
