@@ -5,7 +5,8 @@
 
 A training step allocates and frees the same tensors again and again. glibc gives large ones back to
 the system at once, which then clears each page anew: a fifth of chapter 1's training time, and
-half of its sampling (experiments/throughput.py memory).
+half of its sampling (experiments/throughput.py memory). The price is memory: what is kept lies in
+pieces, and the process grows by about a quarter.
 
 PyTorch hands fp32 products to MKL, which gives AMD processors its AVX2 kernels. oneDNN, which
 PyTorch carries too, looks at the instructions that are there: with AVX-512 its product is about

@@ -319,8 +319,8 @@ def animate(args: argparse.Namespace, name: str, models: dict[str, MLP], folder:
 
 
 ICONS = {  # of the player's buttons
-    "minus": "−", "fast-backward": "⏮", "step-backward": "◁", "play fa-flip-horizontal": "◀",
-    "pause": "❚❚", "play": "▶", "step-forward": "▷", "fast-forward": "⏭", "plus": "+",
+    "minus": "−", "fast-backward": "|◀", "step-backward": "◁", "play fa-flip-horizontal": "◀",
+    "pause": "❚❚", "play": "▶", "step-forward": "▷", "fast-forward": "▶|", "plus": "+",
 }  # fmt: skip
 
 

@@ -130,19 +130,18 @@ def test_older_c_libraries_are_not_made_slower(monkeypatch, most, asked):
 
 
 def test_freed_memory_is_kept():
-    """In a process of its own: how many pages the system hands out again for the same tensors."""
+    """In processes of their own: how many pages the system hands out anew for the same steps."""
     script = """
 import resource, sys, torch, cpu
-torch.set_num_threads(1)
+from mmdit import MMDiT, PRESETS
 if sys.argv[1] == "keep" and not cpu.keep_memory():
     sys.exit(3)
-def work():
-    kept = [torch.ones(2_000_000) for _ in range(12)]  # 96 MB
-for _ in range(3):
-    work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    work()
+model = MMDiT(PRESETS["digits"])
+x, t, text = torch.randn(64, 1, 28, 28), torch.rand(64), torch.eye(11)[torch.arange(64) % 11]
+for step in range(10):
+    if step == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(x, t, text[:, None]).square().mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = {}
@@ -152,4 +151,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         if done.returncode == 3:
             pytest.skip("this C library is not glibc")
         faults[how] = int(done.stdout)
-    assert faults["keep"] < 0.05 * faults["usual"]
+    assert faults["keep"] <= 0.05 * faults["usual"]  # here 0 and 3,188

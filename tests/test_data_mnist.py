@@ -269,7 +269,7 @@ def test_labels_follow_their_images_and_are_dropped_at_the_rate():
     source = batches(dropout=0.25)
     dropped = 0
     for step in range(200):
-        data, labels, _ = source[step]
+        data, labels, *_ = source[step]
         number = to_bytes(data[:, 0, 0, 0]).long()
         kept = labels != source.null
         assert torch.equal(number[kept] % 5, labels[kept])

@@ -124,7 +124,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def new_run(*options):
     parser = train_mnist.build_parser()
-    args = parser.parse_args([*QUICK, "--preset", "small", "--steps", "8", *options])
+    told = [*QUICK, "--preset", "small", "--steps", "8", "--out", "runs/none", *options]
+    args = parser.parse_args(told)
     device = torch.device(args.device)
     dataset, _ = few_glyphs("glyphs")
     return train_mnist.Run(train_mnist.resolve(args, device), dataset, device), dataset
