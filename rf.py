@@ -356,8 +356,8 @@ def reflow_states(
     """Where the model takes this noise: what the next flow is trained on, (B, segments + 1, ...).
 
     The first state is the noise, the last the data that the model makes of it. Trained on lines
-    between such pairs (rf_loss), a new flow has straighter paths and no higher transport cost, and
-    the same samples (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7): its lines cross less.
+    between such pairs (rf_loss), a new flow makes the same distribution at no higher transport cost
+    on straighter paths (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7): its lines cross less.
     With K segments the states between, at timesteps(K, shift), come along, so that only pieces of
     the path need to become straight (PeRFlow, 2405.07510): for K steps instead of one.
     options: as of sample; guidance is folded in: the new flow needs none (InstaFlow, 2309.06380).

@@ -138,8 +138,8 @@ if sys.argv[1] == "keep" and not cpu.keep_memory():
     sys.exit(3)
 model = MMDiT(PRESETS["digits"])
 x, t, text = torch.randn(64, 1, 28, 28), torch.rand(64), torch.eye(11)[torch.arange(64) % 11]
-for step in range(10):
-    if step == 5:
+for step in range(30):
+    if step == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(x, t, text[:, None]).square().mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -151,4 +151,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         if done.returncode == 3:
             pytest.skip("this C library is not glibc")
         faults[how] = int(done.stdout)
-    assert faults["keep"] <= 0.05 * faults["usual"]  # here 0 and 3,188
+    assert faults["keep"] <= 0.3 * faults["usual"]  # here about 300 and 25,000
