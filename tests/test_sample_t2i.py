@@ -294,7 +294,7 @@ def test_a_graph_draws_what_the_network_draws():
     config = MMDiTConfig(dim=64, head_dim=32, n_layers=2, n_double_layers=1, text_dim=8, max_grid=4,
                          base_dim=64)  # fmt: skip
     torch.manual_seed(0)
-    model = MMDiT(config).cuda().eval()
+    model = MMDiT(config).to("cuda").eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     graphed = sample_t2i.Graphed(model)
