@@ -71,16 +71,9 @@ SETTINGS = (  # what a resumed run must share with the first
 )  # fmt: skip
 FROM_DATA = ("size", "text_encoder", "text_tokens", "vae")  # what a cache has settled
 REMEMBERED = (
-    *SETTINGS,
-    "data",
-    "text_format",
-    "cfg",
-    "eval_prompts",
-    "eval_every_samples",
-    "micro_batch",
-    "sample_steps",
-    "pairs",
-)
+    *SETTINGS, "data", "text_format", "cfg", "eval_prompts", "eval_every_samples", "micro_batch",
+    "sample_steps", "pairs",
+)  # fmt: skip
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -141,12 +134,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add(training, "warmup-samples", "until the full rate", type=int)
     add(training, "cooldown-samples", "at the end, a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
-    add(
-        training,
-        "shift",
-        "above 1: more time near the noise (pairs: their grid)",
-        type=float,
-    )
+    add(training, "shift", "above 1: more time near the noise (pairs: their grid)", type=float)
     add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
     add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)

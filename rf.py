@@ -411,7 +411,7 @@ def segment_line(states: Tensor, t: Tensor, shift: float = 1.0) -> tuple[Tensor,
 def annealed_noise(noise: Tensor, fresh: Tensor, beta: float) -> Tensor:
     """√(1 − β²)·noise + β·fresh: from the first flow's coupling (β = 1: any noise with any data) to
     the reflowed one (β = 0), so that reflow starts where the first flow ended (SlimFlow,
-    2407.12718, section 3.1). noise, fresh (B, ...) ~ N(0, 1), and so is the result.
+    2407.12718). noise, fresh (B, ...) ~ N(0, 1), and so is the result.
     """
     _same_shape(noise, fresh)
     return math.sqrt(1 - beta * beta) * noise + beta * fresh

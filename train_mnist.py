@@ -400,12 +400,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(training, "warmup-steps", "steps until the full rate; then a line down to 0", type=int)
     add(training, "weight-decay", "AdamW's, at the base width", type=float)
     add(training, "ema", "width of the weights' average, as a share of the run", type=float)
-    add(
-        training,
-        "shift",
-        "above 1: more time near the noise (pairs: their grid)",
-        type=float,
-    )
+    add(training, "shift", "above 1: more time near the noise (pairs: their grid)", type=float)
     add(training, "time", f"where to train: {', '.join(rf.TIME_DISTRIBUTIONS)}")
     add(training, "loss", f"one of {', '.join(rf.LOSSES)}")
     add(training, "seed", "of weights, order, noise and time", type=int)

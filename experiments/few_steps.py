@@ -25,8 +25,8 @@ COLUMNS = ("run", "cfg", "steps", "passes", *shapes.TAGS, "mean")
 SHOWN = 6  # prompts in the picture, one a tag
 
 
-def score(painter: Painter, name: str, cfg: float, steps: int, args, device) -> tuple:
-    """→ (a row of the table, the pictures of the prompts that are shown)."""
+def score(painter: Painter, name: str, cfg: float, steps: int, args, device):
+    """→ a row of the table; the pictures that are shown, (n, 3, H, W) uint8; their prompts."""
     run, image = painter.settings, painter.image
     world = shapes.World(*(run[key] for key in shapes.World._fields))
     prompts = shapes_prompts(world, args.per_tag)
