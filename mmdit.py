@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +114,44 @@ PRESETS = {
 }  # fmt: skip
 PRESETS |= {f"{name}-wide": replace(PRESETS[name], dim=256) for name in ("digits", "tiny")}
 PRESETS["digits-narrow"] = replace(PRESETS["digits"], dim=64)  # half the parameters
+
+
+def fitted(
+    preset: str,
+    *,
+    channels: int,
+    text_dim: int,
+    sides: Sequence[tuple[int, int]],
+    patch_size: int | None = None,
+    residual: str | None = None,
+) -> MMDiTConfig:
+    """The preset's network, fitted to the data.
+
+    sides: all (h, w) that it will see. patch_size: None takes the largest up to the preset's that
+    divides them all, but none below 3 where the preset's is larger: tokens would be too many.
+    residual: "auraflow" asks for AuraFlow's registers and MLP too, so that the network can be
+    exported (common/auraflow.py). Raises ValueError if no patch fits.
+    """
+    config = PRESETS[preset]
+    patches = range(config.patch_size, min(3, config.patch_size) - 1, -1)
+    for patch in [patch_size] if patch_size else patches:
+        if not any(side % patch for size in sides for side in size):
+            break
+    else:
+        sizes = ", ".join(f"{h}x{w}" for h, w in sides)
+        wanted = patch_size or f"{patches[-1]} to {patches[0]}"
+        raise ValueError(f"a patch of {wanted} must divide what the network sees, {sizes}")
+    config = replace(
+        config,
+        in_channels=channels,
+        text_dim=text_dim,
+        patch_size=patch,
+        max_grid=max(map(max, sides)) // patch,
+        residual=residual or config.residual,
+    )
+    aura = {"n_registers": 8, "mlp_multiple_of": 256}
+    return replace(config, **aura) if config.residual == "auraflow" else config
+
 
 # ------------------------------------------------------------------------------------------------
 # Small parts
@@ -365,6 +404,8 @@ ROLES = {
 class MMDiT(nn.Module):
     """velocity = MMDiT(config)(x, t, text); see the file's head for the picture."""
 
+    TABLES = ("positions", "registers")  # matrices of rows that are added, not multiplied: vectors
+
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config
@@ -496,7 +537,34 @@ class MMDiT(nn.Module):
         """The row of ROLES for a parameter: its Linear's role; "vector" for what is no matrix."""
         owner, _, kind = parameter_name.rpartition(".")
         module = self.get_submodule(owner)
-        return module.role if isinstance(module, Linear) and kind == "weight" else "vector"
+        if isinstance(module, Linear) and kind == "weight":
+            return module.role
+        if self.get_parameter(parameter_name).ndim > 1 and parameter_name not in self.TABLES:
+            raise ValueError(f"{parameter_name} is a matrix without a muP role: make it a Linear")
+        return "vector"
+
+    def start_from(self, older: "MMDiT", scale: float = 1.0):
+        """Take over the weights of a network that differs at most in max_grid.
+
+        scale: how much larger a picture is now, in pixels a side. The position table is stretched
+        bilinearly about its centre, as minRF's extend_pe does: the same place in the picture keeps
+        its vector. Raises ValueError if the networks differ in anything else.
+        """
+        theirs, ours = (asdict(replace(m.config, max_grid=1)) for m in (older, self))
+        if theirs != ours:
+            differs = (f"{k} {theirs[k]} (here {v})" for k, v in ours.items() if theirs[k] != v)
+            raise ValueError(f"it is another network: {', '.join(differs)}")
+        old, new = older.config.max_grid, self.config.max_grid
+        # The centre of a picture that fills the old table, on the new grid: grid_positions puts
+        # one with an odd number of rows half a row below the middle.
+        centre = new // 2 + round(old * scale) % 2 / 2
+        at = (torch.arange(new) + 0.5 - centre) / scale + old / 2 - 0.5  # where each row lay
+        weights = (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)  # (new, old) hats
+        weights[at < 0, 0], weights[at > old - 1, -1] = 1, 1
+        state = older.state_dict()
+        table = state["positions"].view(old, old, -1)
+        stretched = torch.einsum("ia, jb, abd -> ijd", weights, weights, table)
+        self.load_state_dict(state | {"positions": stretched.reshape(new * new, -1)})
 
     def flops_per_image(self, height: int, width: int, text_tokens: int) -> int:
         """Forward FLOPs of one image (a multiply-add is 2); training costs three times as much.
@@ -528,20 +596,15 @@ class MMDiT(nn.Module):
 
 
 def save_model(path: str | Path, model: MMDiT, **sections):
-    """save_weights of a model."""
-    save_weights(path, model.config, model.state_dict(), **sections)
-
-
-def save_weights(path: str | Path, config: MMDiTConfig, tensors: dict[str, Tensor], **sections):
     """Write path/model.safetensors and path/config.json; each replaced whole or not at all.
 
     config.json holds {"model": the MMDiTConfig, **sections}: further sections are the caller's.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     save_file(tensors, path / "model.safetensors.partial")
-    contents = {"model": asdict(config), **sections}
+    contents = {"model": asdict(model.config), **sections}
     (path / "config.json.partial").write_text(json.dumps(contents, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         os.replace(path / f"{name}.partial", path / name)
@@ -595,6 +658,6 @@ def explain(config: MMDiTConfig) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="muP's table for a preset")
-    parser.add_argument("--explain", choices=PRESETS, required=True, metavar="PRESET",
-                        help=", ".join(PRESETS))  # fmt: skip
+    names = {"choices": PRESETS, "metavar": "PRESET", "help": ", ".join(PRESETS)}
+    parser.add_argument("--explain", required=True, **names)
     print(explain(PRESETS[parser.parse_args().explain]))

@@ -60,6 +60,52 @@ def _same_shape(data: Tensor, noise: Tensor):
 
 
 # ------------------------------------------------------------------------------------------------
+# Randomness: everything that a step draws is a function of (seed, number) alone
+# ------------------------------------------------------------------------------------------------
+
+GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
+
+
+def mix_seed(seed: int, purpose: str, number: int) -> int:
+    """One seed of 64 bits from three: so each purpose has its own row of random numbers.
+
+    Adding them up would not do: seed 1, number 0 and seed 0, number 1 would be the same.
+    """
+    words = (seed, *purpose.encode(), number)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def generators(seed: int, purpose: str, numbers: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each number, from (seed, purpose, number) alone, on the CPU."""
+    return [torch.Generator().manual_seed(mix_seed(seed, purpose, n)) for n in numbers]
+
+
+def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
+    """One number in [0, 1) for each, from (seed, purpose, number) alone."""
+    return [np.random.default_rng(mix_seed(seed, purpose, n)).random() for n in numbers]
+
+
+def spread(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+    """u (n,) fp32 in [0, 1): sample i draws from the i-th of n slices of equal length.
+
+    A batch then covers all of time, and its loss varies less; over shuffled samples the
+    distribution is uniform all the same.
+    """
+    u = torch.rand(n, generator=generator, device=device)
+    return (torch.arange(n, device=device) + u) / n
+
+
+def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
+    """u (n,) fp32 in [0, 1) for samples at these positions of a run: spread without a batch.
+
+    Neighbouring positions lie a golden step apart: every batch covers all of time evenly, whichever
+    rank it lies on.
+    """
+    u = np.random.default_rng((seed, 1)).random() + np.array(positions, float) * GOLDEN
+    return torch.tensor(u % 1, dtype=torch.float32).clamp(max=1 - 2**-24)
+
+
+# ------------------------------------------------------------------------------------------------
 # Time: where to train, where to step
 # ------------------------------------------------------------------------------------------------
 
@@ -96,27 +142,6 @@ def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -
         raise ValueError(f"distribution = {distribution!r} must be one of {names}")
     t = shift_time(TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6)), shift)
     return t.clamp(1e-6, 1 - 1e-6)
-
-
-def sample_time(
-    batch_size: int,
-    *,
-    distribution: str = "logit_normal",
-    shift: float = 1.0,
-    stratified: bool = False,
-    generator: torch.Generator | None = None,
-    device: str | torch.device | None = None,
-) -> Tensor:
-    """Training times t (B,) fp32, each strictly inside (0, 1).
-
-    distribution: a name in TIME_DISTRIBUTIONS; then moved by shift_time.
-    stratified: sample i draws from the i-th of B slices of equal probability, so that a batch
-    covers all of time and its loss varies less; over shuffled samples the distribution is the same.
-    """
-    u = torch.rand(batch_size, generator=generator, device=device)
-    if stratified:
-        u = (torch.arange(batch_size, device=device) + u) / batch_size
-    return time_at(u, distribution, shift)
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
@@ -295,9 +320,16 @@ def sample(
     Returns (B, ...) fp32, or with return_trajectory (steps + 1, B, ...), the noise first.
     """
     return integrate(
-        model, noise, text, timesteps(steps, shift), null_text=null_text, cfg=cfg, solver=solver,
-        return_trajectory=return_trajectory, progress=progress,
-    )  # fmt: skip
+        model,
+        noise,
+        text,
+        timesteps(steps, shift),
+        null_text=null_text,
+        cfg=cfg,
+        solver=solver,
+        return_trajectory=return_trajectory,
+        progress=progress,
+    )
 
 
 def invert(
@@ -318,9 +350,16 @@ def invert(
     Arguments and result as in sample; the trajectory starts with the data.
     """
     return integrate(
-        model, data, text, timesteps(steps, shift)[::-1], null_text=null_text, cfg=cfg,
-        solver=solver, return_trajectory=return_trajectory, progress=progress,
-    )  # fmt: skip
+        model,
+        data,
+        text,
+        timesteps(steps, shift)[::-1],
+        null_text=null_text,
+        cfg=cfg,
+        solver=solver,
+        return_trajectory=return_trajectory,
+        progress=progress,
+    )
 
 
 def straightness(
@@ -369,52 +408,76 @@ def reflow_states(
     return path[:: steps // segments].transpose(0, 1)
 
 
-def segment_time(
-    u: Tensor, segments: int = 1, distribution: str = "uniform", shift: float = 1.0
-) -> Tensor:
-    """Training times for lines of several pieces: u (B,) in [0, 1) → t (B,) in (0, 1).
+def line(
+    states: Tensor,
+    fresh_noise: Tensor,
+    u: Tensor,
+    *,
+    segments: int = 1,
+    time: str = "logit_normal",
+    shift: float = 1.0,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one training step learns from: → data, noise (B, ...), t (B,), for rf_loss.
 
-    The first digit of u in base K picks the piece, from the noise on, the rest of it the time
-    inside by `distribution` (TIME_DISTRIBUTIONS). "start" makes it distillation in K steps.
+    states (B, K + 1, ...): a path that is known at K + 1 points, from the noise to the data.
+        K = 0  only the data is known: any noise goes with it, `fresh_noise` (B, ...). The first
+               flow. shift moves t (shift_time).
+        K ≥ 1  noise and data belong together, made by an older flow: reflow. shift is that of the
+               grid on which the states lie, timesteps(K, shift).
+    u (B,) in [0, 1): where to train, even numbers that TIME_DISTRIBUTIONS[time] turns into times.
+    segments: straight pieces of the path, must divide K; 1 at K = 0. The first digit of u in this
+        base picks the piece, from the noise on, the rest of u the time inside. With time="start"
+        that is distillation in `segments` steps.
+    beta in [0, 1]: from the first flow's coupling (1: fresh noise) to the reflowed one (0), so that
+        reflow starts where the first flow ended (SlimFlow, 2407.12718):
+        √(1 − β²)·noise + β·fresh. Needs segments = 1.
+    Raises ValueError if they do not fit.
     """
+    K = states.shape[1] - 1
+    if K == 0 and segments == 1:
+        return states[:, 0], fresh_noise, time_at(u, time, shift)
+    if segments < 1 or K == 0 or K % segments:
+        raise ValueError(f"segments = {segments} must divide the {K} of the states")
     times = _grid(segments, shift, u.device)
-    k = (u * segments).long().clamp(max=segments - 1)
-    above, below = times[k], times[k + 1]
-    inside = time_at(u * segments - k, distribution)
-    return (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
+    piece = (u * segments).long().clamp(max=segments - 1)
+    above, below = times[piece], times[piece + 1]
+    inside = time_at(u * segments - piece, time)
+    t = (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
+    data, noise = line_at(states, fresh_noise, t, segments=segments, shift=shift)
+    if beta:
+        if segments > 1:
+            raise ValueError(f"beta = {beta} needs segments = 1, not {segments}")
+        noise = math.sqrt(1 - beta * beta) * noise + beta * fresh_noise
+    return data, noise, t
+
+
+def line_at(
+    states: Tensor, fresh_noise: Tensor, t: Tensor, *, segments: int = 1, shift: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The straight piece on which t (B,) lies, extended to its ends: → data, noise.
+
+    x_t = (1 − t)·data + t·noise is on the piece, and noise − data is its slope, however many pieces
+    there are. Where two pieces meet it is the lower one. Arguments as in `line`.
+    """
+    K = states.shape[1] - 1
+    if K == 0:
+        return states[:, 0], fresh_noise
+    states = states[:, :: K // segments]
+    if segments == 1:
+        return states[:, 1], states[:, 0]
+    times = _grid(segments, shift, states.device)
+    piece = (times[1:-1] >= t[:, None]).sum(1)  # (B,): how many pieces lie above
+    rows = torch.arange(len(states), device=states.device)
+    upper, lower = states[rows, piece], states[rows, piece + 1]
+    velocity = (upper - lower) / _per_sample(times[piece] - times[piece + 1], upper)
+    data = lower - _per_sample(times[piece + 1], lower) * velocity
+    return data, data + velocity
 
 
 def _grid(steps: int, shift: float, device) -> Tensor:
     """timesteps as a tensor, made on the device: a list would have to be copied there."""
     return shift_time(1 - torch.arange(steps + 1, device=device) / steps, shift)
-
-
-def segment_line(states: Tensor, t: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The straight piece on which t lies, extended to its ends: → data, noise for rf_loss.
-
-    Where two pieces meet it is the lower one, that a walk takes from there.
-    states (B, K + 1, ...) of reflow_states, made with the same shift; t (B,). So x_t is on the
-    piece and noise − data its slope, whatever K is; with K = 1 it is the pair itself.
-    """
-    K = states.shape[1] - 1
-    if K == 1:
-        return states[:, 1], states[:, 0]
-    times = _grid(K, shift, states.device)
-    k = (times[1:-1] >= t[:, None]).sum(1)  # (B,): how many pieces lie above
-    rows = torch.arange(len(states), device=states.device)
-    upper, lower = states[rows, k], states[rows, k + 1]
-    velocity = (upper - lower) / _per_sample(times[k] - times[k + 1], upper)
-    data = lower - _per_sample(times[k + 1], lower) * velocity
-    return data, data + velocity
-
-
-def annealed_noise(noise: Tensor, fresh: Tensor, beta: float) -> Tensor:
-    """√(1 − β²)·noise + β·fresh: from the first flow's coupling (β = 1: any noise with any data) to
-    the reflowed one (β = 0), so that reflow starts where the first flow ended (SlimFlow,
-    2407.12718). noise, fresh (B, ...) ~ N(0, 1), and so is the result.
-    """
-    _same_shape(noise, fresh)
-    return math.sqrt(1 - beta * beta) * noise + beta * fresh
 
 
 def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
@@ -424,7 +487,7 @@ def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# EMA with a power-function profile (Karras et al. 2023, EDM2, 2312.02696, section 3)
+# Averages of the weights with a power-function profile (EDM2: Karras et al. 2023, 2312.02696, sec
 # ------------------------------------------------------------------------------------------------
 
 
@@ -439,41 +502,54 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
-class PowerEMA:
-    """A running average θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ of tensors, in fp32.
+def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
+    """From its next step on, AdamW also averages the weights that it steps on.
 
-    Unlike an exponential average its width is a share of the whole run (sigma_rel: the profile's
-    standard deviation over the training time), so it never remembers the initial weights.
-    θ̂ ← β·θ̂ + (1 − β)·θ with β_t = (1 − 1/t)^{γ+1} (EDM2, eq. 127), exact at every step t = 1, 2, …
+    Each weight gets a state "ema_<width>" beside Adam's moments, θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ in fp32.
+    Unlike an exponential average its width is a share of the whole run (the standard deviation of
+    the profile over the training time), so it never remembers the initial weights:
+        θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1}   (EDM2, eq. 127), exact at t = 1, 2, …
+    t is counted in each parameter group as "updates". Whoever saves, splits or loads the optimizer
+    does so with the averages: AdamW.state_dict, and ZeRO-2, which splits states by their shape.
+    A hook and not a subclass: DeepSpeed asks for the exact type. Call it before DeepSpeed wraps.
     """
-
-    def __init__(self, tensors: Sequence[Tensor], sigma_rel: float = 0.1):
-        self.sources = list(tensors)
-        self.sigma_rel = sigma_rel
-        self.gamma = gamma_from_sigma_rel(sigma_rel)
-        self.averages = [s.detach().float().clone() for s in self.sources]
+    gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
     @torch.no_grad()
-    def update(self, step: int):
-        """Take the tensors in after optimizer step `step`, counted from 1 (which copies them)."""
-        beta = (1 - 1 / step) ** (self.gamma + 1)
-        sources = [s.detach().to(a.dtype) for s, a in zip(self.sources, self.averages, strict=True)]
-        torch._foreach_lerp_(self.averages, sources, 1 - beta)
+    def update(adamw, args, kwargs):  # after each step; under ZeRO-2 that is one group at a time
+        for group in adamw.param_groups:
+            group["updates"] = t = group.get("updates", 0) + 1
+            weights = [w for w in group["params"] if w in adamw.state]
+            for name, gamma in gammas.items():
+                if t == 1:
+                    for w in weights:
+                        adamw.state[w][name] = w.detach().clone()
+                averages = [adamw.state[w][name] for w in weights]
+                if averages:
+                    torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / t) ** (gamma + 1))
 
-    @torch.no_grad()
-    def copy_to(self, tensors: Sequence[Tensor]):
-        """Write the averages into tensors of the same shapes, in their dtype."""
-        for target, average in zip(tensors, self.averages, strict=True):
-            target.copy_(average)
+    adamw.register_step_post_hook(update)
 
-    def state_dict(self) -> dict:
-        return {"sigma_rel": self.sigma_rel, "averages": self.averages}
 
-    def load_state_dict(self, state: dict):
-        if state["sigma_rel"] != self.sigma_rel:
-            raise ValueError(f"this EMA has sigma_rel {self.sigma_rel}, not {state['sigma_rel']}")
-        for average, saved in zip(self.averages, state["averages"], strict=True):
-            average.copy_(saved)
+def average_name(width: float) -> str:
+    """The name of the average of this relative width: the optimizer's state, and file names."""
+    return f"ema_{width:.2f}"
+
+
+@torch.no_grad()
+def exchange_averages(adamw: torch.optim.Optimizer, name: str):
+    """Swap every weight that AdamW steps on with its average, in place; twice changes nothing.
+
+    In parts of 64 MiB, so that no second copy of the weights is held.
+    """
+    for group in adamw.param_groups:
+        for weight in group["params"]:
+            if name in adamw.state.get(weight, {}):
+                average = adamw.state[weight][name].view(-1).split(2**24)
+                for w, a in zip(weight.data.view(-1).split(2**24), average, strict=True):
+                    kept = w.clone()
+                    w.copy_(a)
+                    a.copy_(kept)
 
 
 def posthoc_coefficients(
@@ -482,9 +558,9 @@ def posthoc_coefficients(
     """Weights with which stored averages best make one that was never kept (EDM2, section 3.2).
 
     snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints;
-    (step, sigma_rel) the wanted one, not later than the last. Returns one coefficient a snapshot,
-    summing to about 1: least squares between the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on [0, T],
-    whose inner products are closed forms.
+    (step, sigma_rel) the wanted one, not later than the last. Returns one coefficient a snapshot:
+    least squares between the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on [0, T], whose inner products
+    are closed forms, then divided by their sum: a mean of weights must not rescale them.
     """
 
     def product(a, b):  # ∫ p_a p_b dτ over [0, min(T_a, T_b)], in units of the last step
@@ -499,12 +575,5 @@ def posthoc_coefficients(
     stored = [(s / last, gamma_from_sigma_rel(sigma)) for s, sigma in snapshots]
     wanted = (step / last, gamma_from_sigma_rel(sigma_rel))
     gram = np.array([[product(a, b) for b in stored] for a in stored])
-    return np.linalg.lstsq(gram, np.array([product(a, wanted) for a in stored]), rcond=None)[0]
-
-
-def combine(snapshots: Sequence[Sequence[Tensor]], coefficients: Sequence[float]) -> list[Tensor]:
-    """Σ_i c_i·snapshot_i, tensor by tensor, fp32: the post-hoc average itself."""
-    return [
-        sum(float(c) * tensor.float() for c, tensor in zip(coefficients, tensors, strict=True))
-        for tensors in zip(*snapshots, strict=True)
-    ]
+    shares = np.linalg.lstsq(gram, np.array([product(a, wanted) for a in stored]), rcond=None)[0]
+    return shares / shares.sum()

@@ -4,445 +4,752 @@
     deepspeed --num_accelerators 2 train_t2i.py     two CPU processes
     torchrun --nproc_per_node 8 train_t2i.py        the same without DeepSpeed's launcher
     python train_t2i.py                             one process
-    deepspeed train_t2i.py --resume auto            continue the run in --out, if there is one
-    deepspeed train_t2i.py --data data/my           images of your own (data_t2i.py prepare)
-    deepspeed train_t2i.py --pairs P --init RUN --out RUN2     straighten a run (pairs.py makes P)
+    deepspeed train_t2i.py --resume                 continue the run in --out, or begin it
+    deepspeed train_t2i.py --data data/my           images of your own (tools/prepare.py)
+    deepspeed train_t2i.py --data PAIRS --init RUN --out RUN2    straighten a run (tools/pairs.py)
     deepspeed train_t2i.py --data data/my512 --init runs/my256 --out runs/my512
 
-ZeRO-2 keeps the weights whole on every rank and splits gradients, fp32 master weights and Adam's
-moments; the averages of the weights are split likewise (zero.py). ds_config.json holds all that
-DeepSpeed is told. Read the loop in train(): everything else serves it.
+ZeRO-2 keeps the weights whole on every rank and splits gradients, fp32 master weights, Adam's
+moments and the averages. ds_config.json holds all that DeepSpeed is told. Start reading at train(),
+the loop, and train_step() above it.
 
-What comes out, in --out: checkpoints/ (each with exported weights), samples.png (a grid with its
-prompts), progress.png (a row an evaluation), curves.png, log.csv, eval.csv. A sample is one image
-with its caption; lengths and intervals are counted in samples, so that they mean the same at any
-batch size.
+What comes out, in --out: checkpoints/, model.safetensors + config.json (the averaged weights, at
+the end), samples.png (a sheet with its captions), progress.png (a row an evaluation), curves.png,
+log.csv, eval.csv. A sample is one image with its caption; lengths and intervals are counted in
+samples, so that they mean the same at any batch size.
 """
 
-import argparse
+import atexit
+import json
+import logging
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
-from math import ceil, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from torch.func import functional_call
-from tqdm import tqdm
+from torch.profiler import record_function
+from torch.utils.data import DataLoader, Dataset
 
-import report_t2i as report
 import rf
-import shapes
-import zero
-from cache import Cache, Stage, fetch, load_caches
-from data_t2i import KnownText, PairSamples, Prepared, Samples, Shuffled, encode, loader
-from encoders import image_encoder, text_encoder
-from evaluate_t2i import (
-    CacheExam,
-    CaptionPairsExam,
-    Examiner,
-    ShapesExam,
-    ShapesPairsExam,
-    gather,
-    world_of,
-)  # fmt: skip
-from mmdit import PRESETS, MMDiT, MMDiTConfig
-from options_t2i import build_parser, find_checkpoint, resolve, settings
-from pairs import Pairs
-from plan_t2i import describe
-from sample_t2i import load_run
+from common import pictures
+from common.evaluate import COLUMNS, Ranks, asked, draw_asked, validation
+from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
+from common.pipeline import (
+    RUN_FILE,
+    Pipeline,
+    checkpoints,
+    open_checkpoint,
+    read_averages,
+    run_facts,
+    settle_run,
+)
+from common.settings import option, parse
+from common.start import NOTHING, SAVE, STOP, Signals, begin, program
+from inputs.rows import Batch, Copier, DataOptions, Rows
+from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
+LOG_EVERY = 10  # steps in a row of log.csv
 BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
-EMA_WIDTHS = (0.05, 0.10)  # two profiles: any width between can be made afterwards (rf.combine)
-CAPTION_DROPOUT = 0.1  # share of samples that learn the unconditional velocity, for guidance
+EMA_WIDTHS = (0.05, 0.10)  # two averages: any width between can be made of them afterwards
+
+# ------------------------------------------------------------------------------------------------
+# 1 Settings and recipes
+# ------------------------------------------------------------------------------------------------
+
+# What a machine can do in a while; the network is mmdit's preset of the same name. tiny: two CPU
+# cores, 25 minutes, a small world, 25 image tokens. The others are for GPUs and the whole world;
+# they were chosen by reasoning and have not run yet.
+RECIPE = (
+    "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
+    "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
+)  # fmt: skip
+RECIPES = {
+    "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
+    "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
+    "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000, 256),
+    "0.2b": (64, 6, 10, 64, 512, 10_240_000, 102_400, 2_048_000, 512_000, 512_000, 64),
+    "1b": (64, 6, 10, 64, 1024, 51_200_000, 512_000, 10_240_000, 2_048_000, 1_024_000, 32),
+    "auraflow-6.8b": (
+        64, 6, 10, 64, 2048, 102_400_000, 2_048_000, 20_480_000, 4_096_000, 1_024_000, 8,
+    ),
+}  # fmt: skip
+RECIPES = {name: dict(zip(RECIPE, row, strict=True)) for name, row in RECIPES.items()}
 
 
-def train(run: "Run"):
-    """The loop: every rank runs it, each on its share of every step's samples."""
-    args, engine = run.args, run.engine
-    batches = run.batches()
-    while run.seen < args.samples and not run.stopped:
-        for _ in range(engine.gradient_accumulation_steps()):
-            data, text, t, noise = encode(next(batches), run.image, run.text, engine.device)
-            loss = rf.rf_loss(engine, data, text, t=t, noise=noise, loss=args.loss).mean()
-            engine.backward(loss)
-            engine.step()  # the last micro-batch of a step moves the weights
-            run.log.add(loss.detach())
-        run.step += 1
-        run.seen += args.batch_size
-        for ema in run.emas.values():
-            ema.update(run.step)
-        run.end_step()
-        asked = run.asked_to_save()  # sets run.stopped where somebody asked to stop
-        if run.passed("eval_every_samples") and not run.stopped:
-            run.evaluate()
-        if run.passed("save_every_samples") or asked:
-            run.save()
-    if not run.stopped:  # a signal leaves no time for more than a checkpoint
-        run.evaluate()
-    run.save()
+@dataclass(frozen=True)
+class Settings(DataOptions):
+    DATA = "shapes"  # trained on if nothing else is asked for
+    workers: int | None = option(None, "loader processes a rank (0 on a CPU, else 4)", local=True)
+    stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
+    stage_limit: float = option(100.0, "GB that it may hold", above=0, local=True)
+
+    preset: str = option("tiny", ", ".join(RECIPES), choices=RECIPES, fixed=True, group="network")
+    residual: str | None = option(None, "auraflow: can be exported", choices=RESIDUALS, fixed=True)
+    init: Path | None = option(
+        None, "a run whose weights to start from, also at another --size", local=True
+    )
+    compile: str = option("auto", "blocks", choices=("auto", "on", "off"), local=True)
+    precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"), fixed=True)
+
+    samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
+    batch_size: int = option(64, "samples a step, of all ranks together", least=1, fixed=True)
+    micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
+    most_at_once: int = option(64, "without it the largest that fits, up to this", least=1)
+    lr: float = option(4e-3, "learning rate at the base width; holds over width", fixed=True)
+    warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
+    cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
+    weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
+    shift: float = option(2.0, "above 1: more time near the noise", above=0, fixed=True)
+    time: str = option("logit_normal", "where", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
+    loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
+    segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
+    anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
+    max_bad_steps: int = option(20, "stop after so many in a row not finite", least=1)
+
+    eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
+    eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
+    cfg: float = option(3.0, "guidance of the pictures")
+    solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
+    sample_steps: int = option(20, "solver steps of the pictures", least=1)
+    target_eval_loss: float | None = option(None, "stop when the validation loss is reached")
+
+    out: Path = option(Path("runs/shapes"), "folder for all of it", local=True, group="run")
+    resume: bool = option(False, "continue the run in --out, or begin it", local=True)
+    overwrite: bool = option(False, "replace the run in --out", local=True)
+    save_every_samples: int = option(83_200, "between checkpoints", least=1)
+    save_minutes: float | None = option(None, "also save when so many have passed", above=0)
+    keep: int = option(3, "checkpoints kept", least=1)
+    ds_config: Path = option(
+        Path(__file__).with_name("ds_config.json"), "DeepSpeed's configuration", local=True
+    )
+    threads: int | None = option(None, "CPU threads a rank (cores / ranks)", least=1, local=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.anneal > 1:
+            raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
 
 
-def learning_rate(args: argparse.Namespace, step: int) -> float:
+def learning_rate(settings: Settings, step: int) -> float:
     """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0."""
-    steps = -(-args.samples // args.batch_size)
-    warmup = max(1, args.warmup_samples / args.batch_size)
-    cooldown = max(1, args.cooldown_samples / args.batch_size)
+    steps = -(-settings.samples // settings.batch_size)
+    warmup = max(1, settings.warmup_samples / settings.batch_size)
+    cooldown = max(1, settings.cooldown_samples / settings.batch_size)
     return min(1, (step + 1) / warmup, (steps - step) / cooldown)
 
 
+def annealing(settings: Settings, seen: int) -> float:
+    """Share of fresh noise in a pair's: from 1 to 0 over the first `anneal` of the run."""
+    samples = settings.anneal * settings.samples
+    return 1 - seen / samples if seen < samples else 0.0
+
+
 # ------------------------------------------------------------------------------------------------
-# The run: engine, averages, log and position
+# 2 The row of samples, shared out among ranks
 # ------------------------------------------------------------------------------------------------
+
+
+class Samples(Dataset):
+    """Positions of the row of samples → a Batch, from (seed, position) alone."""
+
+    def __init__(self, rows: Rows, seed: int):
+        self.rows, self.seed = rows, seed
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        return self.rows.draw(positions, self.seed)
+
+
+class RankPositions:
+    """The positions of one rank's micro-batches, from `seen` on: an endless iterator of lists.
+
+    A step takes ranks · passes · micro_batch positions in a row; ranks share them out.
+    """
+
+    def __init__(self, seen: int, micro_batch: int, ranks: Ranks):
+        self.seen, self.micro_batch, self.ranks = seen, micro_batch, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.seen + self.ranks.rank * self.micro_batch
+        while True:
+            yield list(range(first, first + self.micro_batch))
+            first += self.ranks.count * self.micro_batch
+
+
+def loader(
+    rows: Rows, settings: Settings, seen: int, micro_batch: int, ranks: Ranks, pin_memory=False
+) -> Iterator[Batch]:
+    """Endless micro-batches of one rank, made ahead by worker processes."""
+    workers = (4 if pin_memory else 0) if settings.workers is None else settings.workers
+    if workers:
+        atexit.register(_end_workers)
+    return iter(
+        DataLoader(
+            Samples(rows, settings.seed),
+            batch_sampler=RankPositions(seen, micro_batch, ranks),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            persistent_workers=workers > 0,
+        )
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _end_workers():
+    """They ignore SIGTERM: a program that ends by an error would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _leave_signals_to_the_trainer(worker: int):
+    """Launchers signal the whole process tree: the trainer still needs batches to end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3 Ranks, and what ZeRO-2 splits between them
+# ------------------------------------------------------------------------------------------------
+# ZeRO-2 (Rajbhandari et al. 2019, 1910.02054) keeps the weights on every rank, but each rank owns
+# only 1/N of the gradients, of the fp32 master weights and of AdamW's states: its moments, and the
+# averages (rf.keep_averages).
+#
+#     group     parameters that share a learning rate and decay, laid end to end in one flat row
+#     shard     this rank's 1/N of that row, fp32: what AdamW steps on
+
+
+def start_ranks(threads: int | None = None) -> Ranks:
+    """Join the other ranks, as the launcher's environment says; alone without a launcher.
+
+    threads: of the CPU, for each rank; None shares the cores out.
+    """
+    if find_spec("deepspeed") is None:
+        raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise ValueError("several Slurm tasks without RANK: see the README's srun line")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()}
+    if sys.platform == "darwin":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    device = local_device()
+    if device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    begin(device)
+    deepspeed.init_distributed(verbose=False)
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # a large re-cut takes long
+    return Ranks(dist.get_rank(), dist.get_world_size(), group)
+
+
+def local_device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def read_ds_config(settings: Settings, ranks: int) -> dict:
+    """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings."""
+    file = settings.ds_config
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--ds-config {file} cannot be read: {error}") from error
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2):
+        raise ValueError(f'{file}: "stage" {zero.get("stage")} must be 2 (or 1), see train_t2i.py')
+    for key, holder in {"offload_optimizer": zero, "fp16": config}.items():
+        if key in holder:
+            raise ValueError(f'{file}: "{key}" is not supported here: take it out')
+    batch, micro = settings.batch_size, settings.micro_batch
+    if micro is None:  # the largest pass that divides a rank's share
+        share = max(1, batch // ranks)
+        most = min(share, settings.most_at_once)
+        micro = max(m for m in range(1, most + 1) if share % m == 0)
+    passes, rest = divmod(batch, micro * ranks)
+    if rest or not passes:
+        per_pass = micro * ranks
+        fitting = max(per_pass, batch // per_pass * per_pass)
+        raise ValueError(
+            f"--batch-size {batch} must be --micro-batch {micro} x {ranks} ranks x a whole number"
+            f" of passes, but {batch} / {per_pass} = {batch / per_pass:.2f}: take --batch-size"
+            f" {fitting}"
+        )
+    wanted = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": passes,
+    }
+    for key, value in wanted.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f"{file}: {key} {config[key]} contradicts the command line, which gives {value}"
+                f' ({batch} = {micro} x {ranks} ranks x {passes}): write "auto" there'
+            )
+    bf16 = config.setdefault("bf16", {})
+    if bf16.get("enabled", "auto") not in ("auto", settings.precision == "bf16"):
+        raise ValueError(f"{file}: bf16 contradicts --precision {settings.precision}")
+    bf16["enabled"] = settings.precision == "bf16"
+    return config | wanted
+
+
+class Requests:
+    """What any rank is asked for becomes known to all of them one step later: each step's flags
+    travel over gloo, in host memory, while the next step is computed, so nobody waits for a device.
+    """
+
+    def __init__(self, group):
+        self.group, self.in_flight = group, None
+
+    def exchange(self, request: int) -> int:
+        """Send this rank's request on its way; → the greatest one of the step before."""
+        flag = torch.tensor(request)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        before, self.in_flight = self.in_flight, (work, flag)
+        if before is None:
+            return NOTHING
+        before[0].wait()
+        return int(before[1])
+
+    def saved(self):
+        """A checkpoint has just been written: what was asked for before it is done."""
+        if self.in_flight is not None:  # the greatest of all ranks: they decide alike
+            work, flag = self.in_flight
+            work.wait()
+            if int(flag) == SAVE:
+                self.in_flight = None
+
+
+@contextmanager
+def averaged(engine, adamw, width: float):
+    """Inside, the weights of every rank are an average; afterwards they are themselves again."""
+    rf.exchange_averages(adamw, rf.average_name(width))
+    engine.optimizer.update_lp_params()  # fp32 shards → the network's weights, on every rank
+    yield engine.module  # no finally: a rank that fails alone would hang in it
+    rf.exchange_averages(adamw, rf.average_name(width))
+    engine.optimizer.update_lp_params()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4 Step and loop
+# ------------------------------------------------------------------------------------------------
+
+
+def train_step(run: "Run", batches: Iterator[Batch]):
+    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖², on every rank, each on its share."""
+    settings, engine, rows = run.settings, run.engine, run.rows
+    for _ in range(engine.gradient_accumulation_steps()):
+        with record_function("part batch"):
+            batch = next(batches)
+        with record_function("part encode"):
+            states, text, u, noise = rows.encode(batch, engine.device)
+            data, noise, t = rf.line(
+                states,
+                noise,
+                u,
+                segments=settings.segments,
+                time=settings.time,
+                shift=settings.shift,
+                beta=annealing(settings, run.seen),
+            )
+        with record_function("part forward"):
+            loss = rf.rf_loss(engine, data, text, t=t, noise=noise, loss=settings.loss).mean()
+        with record_function("part backward"):
+            engine.backward(loss)
+        with record_function("part step"):
+            engine.step()  # the last micro-batch of a step moves the weights
+        run.log.add(loss)
+
+
+def train(run: "Run"):
+    """The loop: every rank runs it."""
+    settings = run.settings
+    batches, bar = run.batches(), progress_bar(settings.samples, run.seen, run.ranks.rank == 0)
+    with bar, Signals(settings.save_minutes) as signals:
+        while run.seen < settings.samples and not run.stopped:
+            train_step(run, batches)
+            run.end_step(bar)
+            request = run.requests.exchange(signals.take(clock=run.ranks.rank == 0))
+            run.stopped |= request == STOP
+            if run.passed("eval_every_samples") and not run.stopped:
+                run.evaluate(bar)
+            if run.passed("save_every_samples") or request == SAVE:
+                run.save()
+                bar.unpause()  # the pause is not the training's
+        run.log.flush()
+        if not run.stopped:  # a signal leaves no time for more than a checkpoint
+            run.evaluate(bar)
+        run.save()
 
 
 class Run:
-    """All that changes while training. save and load keep it, bit for bit in fp32."""
+    """All that changes while training."""
 
-    def __init__(self, args: argparse.Namespace, ds_config: dict, host_group, resumed: bool):
+    def __init__(self, settings: Settings, rows: Rows, ranks: Ranks, record: dict | None):
         import deepspeed
 
-        self.args, self.host_group, self.out = args, host_group, args.out
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.step, self.seen, self.saved_at, self.evaluated_at = 0, 0, None, None
-        self.bad_in_row, self.stopped, self.eval_rows = 0, False, []
-        device = zero.local_device()
-        self.image = image_encoder(args.vae, device)
-        self.open_data(device)
-        factor = self.image.factor
-        sides = [tuple(side // factor for side in bucket) for bucket, _ in self.buckets]
-        self.config = model_config(args, self.text, self.image, sides)  # also of validation rows
-        torch.manual_seed(args.seed)  # the initial weights; no step draws from global state
-        model = MMDiT(self.config)
-        if args.init and not resumed:
-            continue_from(model, args.init, args.size)
+        self.settings, self.rows, self.ranks = settings, rows, ranks
+        self.step, self.seen, self.saved_at, self.bad_in_row = 0, 0, None, 0
+        self.stopped, self.copier, self.evals = False, None, []
+        device = local_device()
+        sides = rows.sides()
+        torch.manual_seed(settings.seed)  # the initial weights; no step draws from global state
+        sizes = {"channels": rows.latent_channels, "text_dim": rows.text.dim, "sides": list(sides)}
+        model = MMDiT(fitted(settings.preset, **sizes, residual=settings.residual))
+        self.config = model.config
+        if settings.init and record is None:
+            older = Pipeline.open(settings.init)
+            model.start_from(older.model, settings.size / older.facts["size"])
         model.to(device)
+        tokens = settings.text_tokens
         self.flops = sum(
-            share * model.flops_per_image(h, w, args.text_tokens)
-            for (h, w), (_, share) in zip(sides, self.buckets, strict=True)
+            share * model.flops_per_image(h, w, tokens) for (h, w), share in sides.items()
         )
-        if args.compile:
+        cuda = device.type == "cuda" and find_spec("triton") is not None
+        if settings.compile == "on" or (settings.compile == "auto" and cuda):
             model.compile_blocks()  # before DeepSpeed wraps the model: the keys stay as they are
-        groups = model.param_groups(args.lr, args.weight_decay)
+        groups = model.param_groups(settings.lr, settings.weight_decay)
         fused = device.type in ("cpu", "cuda")
-        adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(adamw, partial(learning_rate, args))
+        self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
+        rf.keep_averages(self.adamw, EMA_WIDTHS)
+        rate = partial(learning_rate, settings)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
+        config = read_ds_config(settings, ranks.count)
+        if record and record["world_size"] != ranks.count:
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw, lr_scheduler=self.schedule, config=ds_config,
+            model=model,
+            optimizer=self.adamw,
+            lr_scheduler=self.schedule,
+            config=config,
             dist_init_required=False,
-        )  # fmt: skip
-        self.shards = zero.Shards(self.engine, host_group)
-        self.emas = {f"{width:.2f}": rf.PowerEMA(self.shards.mine, width) for width in EMA_WIDTHS}
-        self.examiner = Examiner(self.exam, args, self.text, self.image, device, host_group)
-        self.eval_columns = report.eval_columns(self.exam.scored)
-        self.log = report.Log(args.out, self.engine)
-        self.wishes = zero.Wishes(args.save_minutes, host_group)
-        self.peak = report.device_peak(device)
-        self.bar = tqdm(
-            total=args.samples, unit="image", unit_scale=True, desc="training", smoothing=0.05,
-            disable=self.rank > 0,
-        )  # fmt: skip
-
-    def open_data(self, device: torch.device):
-        """What the run learns from and is asked: shapes drawn on the fly, or prepared caches."""
-        args, self.stage, self.pairs = self.args, None, None
-        if args.pairs:
-            self.text = text_encoder(args.text_encoder, args.text_tokens, device)
-            self.pairs = Pairs(args.pairs)
-            exam = ShapesPairsExam if args.shapes else CaptionPairsExam
-            self.exam = exam(args, self.text, self.image, self.pairs)
-            sides = self.pairs.about["shape"][1:]
-            self.buckets = [(tuple(side * self.image.factor for side in sides), 1.0)]
-            return
-        if not args.data:
-            self.text = text_encoder(args.text_encoder, args.text_tokens, device)
-            self.source = Shuffled(shapes.Shapes(world_of(args), args.seed), args.seed)
-            self.exam = ShapesExam(args, self.text, self.image)
-            self.buckets = [((args.size, args.size), 1.0)]  # (height, width) in pixels, share
-            return
-        caches = load_caches(args.data, args.stage)
-        self.text = KnownText(caches[0])
-        self.source = Prepared(
-            caches, args.batch_size, seed=args.seed, weights=args.data_weights, window=args.window
         )
-        streams = zip(self.source.streams, self.source.shares, strict=True)
-        self.buckets = [(shards[0].bucket, share) for (_, shards), share in streams]
-        held = {s.bucket for c in caches for s in c.shards} - {bucket for bucket, _ in self.buckets}
-        self.buckets += [(bucket, 0.0) for bucket in sorted(held)]
-        if args.stage is not None:
-            self.prepare_stage(caches)
-        self.exam = CacheExam(args, self.text, self.image, caches)
+        self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
+        path = settings.out / "log.csv" if ranks.rank == 0 else None
+        self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
 
-    def prepare_stage(self, caches: list[Cache]):
-        """On each node: what was left there goes, validation rows are fetched and stay."""
-        args, held = self.args, [(c, s) for c in caches for s in c.shards if s.split != "train"]
-        kept = sum(shard.bytes for _, shard in held)
-        limit, least = int(args.stage_limit * 1e9), self.source.stage_bytes() + kept
-        if limit < least:
-            raise ValueError(
-                f"--stage-limit {args.stage_limit:g} GB must be at least"
-                f" {ceil(least / 1e3) / 1e6:g} GB for the windows in use: raise it, or lower"
-                f" --window {args.window}"
-            )
-        if int(os.environ["LOCAL_RANK"]) == 0:
-            self.stage_lock = Stage.claim(args.stage)
-            for cache, shard in held:
-                fetch(cache, shard, cache.path(shard))
-            self.stage = Stage(args.stage, limit - kept, self.source)
-        dist.barrier(group=self.host_group)
-
-    def batches(self):
-        args = self.args
-        if self.pairs is not None:
-            samples = PairSamples(
-                self.pairs, self.text, seed=args.seed, segments=args.segments,
-                distribution=args.time,
-            )  # fmt: skip
-        else:
-            samples = Samples(
-                self.source, self.text, self.image, seed=args.seed, shift=args.shift,
-                dropout=CAPTION_DROPOUT, distribution=args.time,
-            )  # fmt: skip
-        batches = loader(
-            samples, seen=self.seen, rank=self.rank,
-            micro_batch=self.engine.train_micro_batch_size_per_gpu(), world_size=self.world_size,
-            workers=args.workers, pin_memory=self.engine.device.type == "cuda",
-        )  # fmt: skip
-        if self.stage is not None:  # a thread: started when the workers have been forked
-            self.stage.begin(self.seen)
+    def batches(self) -> Iterator[Batch]:
+        micro_batch = self.engine.train_micro_batch_size_per_gpu()
+        pinned = self.engine.device.type == "cuda"
+        batches = loader(self.rows, self.settings, self.seen, micro_batch, self.ranks, pinned)
+        if self.copier is not None:  # a thread: started when the workers have been forked
+            self.copier.begin(self.seen)
         return batches
 
-    def end_step(self):
+    def end_step(self, bar):
         """Count, log, show. Raises FloatingPointError after too many steps that were skipped."""
-        args = self.args
+        settings = self.settings
+        self.step += 1
+        self.seen += settings.batch_size
         skipped = self.engine.optimizer.overflow  # DeepSpeed found the gradient not finite
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
-        if self.stage is not None:
-            self.stage.advance(self.seen)
-        lr = args.lr * learning_rate(args, self.schedule.last_epoch - (not skipped))
-        loss = self.log.losses[self.log.step % report.LOG_EVERY].clone()
-        self.log.end_step(self.seen, lr)
-        if self.bad_in_row >= args.max_bad_steps:
-            finite = gather(bool(loss.isfinite()), self.host_group)
-            ranks = [rank for rank, fine in enumerate(finite) if not fine]
-            where = f"on rank {', '.join(map(str, ranks))}" if ranks else "in the gradient alone"
-            saved = zero.checkpoints(self.out / "checkpoints")
+        if self.copier is not None:
+            self.copier.passed(self.seen)
+        lr = settings.lr * learning_rate(settings, self.schedule.last_epoch - (not skipped))
+        loss, norm = self.log.losses[-1], self.engine.get_global_grad_norm()
+        skips = self.engine.skipped_steps
+        row = self.log.end_step(self.step, self.seen, norm, lr=lr, skipped=skips)
+        if self.bad_in_row >= settings.max_bad_steps:
+            finite = self.ranks.gather(bool(loss.isfinite()))
+            bad = [str(rank) for rank, fine in enumerate(finite) if not fine]
+            where = f"on rank {', '.join(bad)}" if bad else "in the gradient alone"
+            saved = checkpoints(settings.out / "checkpoints")
             left = f"{saved[-1]} is from before" if saved else "nothing was saved before it"
             raise FloatingPointError(
                 f"{self.bad_in_row} steps in a row were not finite, the last one step {self.step}"
                 f" ({where}, lr {lr:.3g}); {left}; start again with a lower --lr"
             )
-        if self.step % report.LOG_EVERY == 0:
-            report.show(self.bar, self.log, self.flops, self.peak)
-        self.bar.update(args.batch_size)
+        if row:
+            show(bar, row, self.flops, self.peak, self.ranks.count)
+            self.monitor({f"Train/{key}": row[key] for key in ("loss", "grad_norm", "lr")})
+        bar.update(settings.batch_size)
+
+    def monitor(self, values: dict[str, float]):
+        """To tensorboard, wandb or csv, whichever ds_config.json switches on."""
+        if self.ranks.rank == 0 and self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(k, v, self.seen) for k, v in values.items()])
 
     def passed(self, interval: str) -> bool:
         """Whether the last step crossed a multiple of this interval."""
-        every = getattr(self.args, interval)
-        return self.seen // every > (self.seen - self.args.batch_size) // every
+        every = getattr(self.settings, interval)
+        return self.seen // every > (self.seen - self.settings.batch_size) // every
 
-    def asked_to_save(self) -> bool:
-        wish = self.wishes.exchange(clock=self.rank == 0)
-        self.stopped |= wish == zero.Wishes.STOP
-        return wish == zero.Wishes.SAVE
-
-    # --- evaluation ------------------------------------------------------------------------------
-
-    def evaluate(self):
+    def evaluate(self, bar):
         """The validation loss, the scores and the pictures of the averaged weights."""
-        if self.evaluated_at == self.seen:
+        if self.evals and self.evals[-1]["samples"] == self.seen:
             return
-        self.evaluated_at = self.seen
-        weights = self.shards.whole(self.emas[f"{EMA_WIDTHS[0]:.2f}"].averages, self.dtype)
-
-        @torch.no_grad()
-        def model(x, t, text):
-            return functional_call(self.engine.module, weights, (x, t, text))
-
-        by_time, scores = self.examiner(model, self.seen)
-        asked = [loss for loss in by_time if not isnan(loss)]  # few rows may miss a time
-        loss = sum(asked) / len(asked) if asked else nan
-        row = (self.seen, loss, *by_time, *scores.values())
-        self.eval_rows.append(row)
-        if self.rank == 0:
-            report.append_rows(self.out / "eval.csv", [row])
-            report.plot_curves(self.log.rows, self.eval_rows, self.out / "curves.png")
-            values = zip(self.eval_columns[1:], row[1:], strict=True)
-            report.write_to_monitor(self.engine, {f"Eval/{k}": v for k, v in values}, self.seen)
-            score = f", score {row[-1]:.3f}" if scores else ""
-            self.bar.write(f"{self.seen} samples: validation loss {loss:.4f}{score}")
-        self.bar.unpause()  # the pause is not the training's
-        target = self.args.target_eval_loss
-        if target is not None and loss <= target:
-            self.stopped = True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.engine.module.parameters()).dtype
-
-    # --- files -----------------------------------------------------------------------------------
+        settings, device = self.settings, self.engine.device
+        with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
+            by_time = validation(model, self.rows, settings, device, self.ranks)
+            frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
+        finite = [loss for loss in by_time if not isnan(loss)]  # few rows may miss a time
+        loss = sum(finite) / len(finite) if finite else nan
+        row = {"samples": self.seen, "loss": loss}
+        row |= {f"loss_t{i}/8": value for i, value in enumerate(by_time)} | scores
+        self.evals.append(row)
+        if self.ranks.rank == 0:
+            out = settings.out
+            captions = [self.asked.captions[i] for i in self.asked.shown]
+            append_row(out / "eval.csv", row)
+            pictures.curves(self.log.rows, self.evals, out / "curves.png")
+            if captions:
+                first = 2 * COLUMNS
+                pictures.captioned(frames[-1], captions, out / "samples.png", COLUMNS)
+                pictures.strip(frames[-1][:first], out / "strips" / f"{self.seen:012d}.png")
+                pictures.progress(out / "strips", captions[:first], out / "progress.png")
+            self.monitor({f"Eval/{key}": value for key, value in row.items()})
+            score = f", score {scores['mean']:.3f}" if scores else ""
+            bar.write(f"{self.seen} samples: validation loss {loss:.4f}{score}")
+        bar.unpause()  # the pause is not the training's
+        target = settings.target_eval_loss
+        self.stopped |= target is not None and loss <= target
 
     def save(self):
+        """Write checkpoints/<samples>, whole or not at all, and delete all but the last `keep`.
+
+        Raises OSError if this rank could not write: the checkpoints before it stand untouched.
+        """
         if self.saved_at == self.seen:
             return
         self.saved_at = self.seen
+        facts = run_facts(self.settings, self.rows, self.config, self.seen)
         record = {
-            "samples": self.seen, "step": self.step, "world_size": self.world_size,
-            "settings": settings(self.args), "log": self.log.state(), "evals": self.eval_rows,
-        }  # fmt: skip
-        sections = {"run": settings(self.args) | {"samples_seen": self.seen}}
-        averages = {
-            f"ema_{width}": (ema.averages, self.config, sections | {"ema": width})
-            for width, ema in self.emas.items()
+            "samples": self.seen,
+            "step": self.step,
+            "world_size": self.ranks.count,
+            "settings": self.settings.saved(),
+            "rows": self.rows.id,
+            "model": asdict(self.config),
+            "facts": facts,
+            "widths": EMA_WIDTHS,
+            "log": self.log.rows,
+            "evals": self.evals,
         }
-        zero.save(
-            self.engine, self.shards, self.out / "checkpoints", record, averages, self.args.keep
+        write_checkpoint(
+            self.engine, self.settings.out / "checkpoints", record, self.settings.keep, self.ranks
         )
-        self.wishes.saved()
-        self.bar.unpause()
+        self.requests.saved()
 
     def load(self, path: Path, record: dict):
-        zero.load(self.engine, path, universal=record["world_size"] != self.world_size)
-        for width, ema in self.emas.items():
-            with safe_open(path / f"ema_{width}" / "model.safetensors", "pt") as file:
-                averages = self.shards.cut(file.get_tensor)
-            for average, saved in zip(ema.averages, averages, strict=True):
-                average.copy_(saved)
-        self.step, self.seen = record["step"], record["samples"]
-        self.saved_at = self.seen
-        self.eval_rows = [tuple(row) for row in record["evals"]]
-        if self.eval_rows and self.eval_rows[-1][0] == self.seen:
-            self.evaluated_at = self.seen
-        self.log.load_state(record["log"])
-        self.bar.initial = self.bar.n = self.bar.last_print_n = self.seen  # not this run's doing
-        self.bar.start_t = self.bar.last_print_t = time.time()
+        if record["world_size"] != self.ranks.count:
+            to_universal(path, self.ranks)
+        load_checkpoint(self.engine, self.adamw, path, record["world_size"] != self.ranks.count)
+        self.step, self.seen, self.saved_at = record["step"], record["samples"], record["samples"]
+        self.evals, self.log.rows = record["evals"], record["log"]
 
     def open(self):
         """Begin the files of the run, or cut them to what the checkpoint knew."""
-        if self.rank == 0:
-            if self.args.overwrite:
+        settings, out = self.settings, self.settings.out
+        if self.ranks.rank == 0:
+            if settings.overwrite:
                 for name in ("checkpoints", "strips"):
-                    shutil.rmtree(self.out / name, ignore_errors=True)
-            self.out.mkdir(parents=True, exist_ok=True)
-            report.write_rows(self.out / "eval.csv", self.eval_columns, self.eval_rows)
-        self.log.open()
+                    shutil.rmtree(out / name, ignore_errors=True)
+            out.mkdir(parents=True, exist_ok=True)
+            if self.seen < settings.samples:
+                for name in ("model.safetensors", "config.json"):  # of an earlier end
+                    (out / name).unlink(missing_ok=True)
+            write_rows(out / "eval.csv", self.evals)
+            write_rows(out / "log.csv", self.log.rows)
 
 
-def model_config(
-    args: argparse.Namespace, text, image, sides: Sequence[tuple[int, int]]
-) -> MMDiTConfig:
-    """The preset's network, fitted to the encoders and to the (h, w) that it will see."""
-    preset = PRESETS[args.preset]
-    for h, w in sides:
-        if h % preset.patch_size or w % preset.patch_size:
-            unit = image.factor * preset.patch_size
-            size = f"{h * image.factor}x{w * image.factor}"
-            size = f"bucket {size} of --data {args.data[0]}" if args.data else f"--size {args.size}"
-            raise ValueError(
-                f"{size} must be a multiple of {unit} (the encoder's factor {image.factor} x the"
-                f" preset's patch {preset.patch_size})"
-            )
-    config = replace(
-        preset, in_channels=image.channels, text_dim=text.dim,
-        max_grid=max(max(side) for side in sides) // preset.patch_size,
-        residual=args.residual or preset.residual,
-    )  # fmt: skip
-    # AuraFlow's residual asks for AuraFlow's network, so that it can be exported (auraflow.py).
-    aura = {"n_registers": 8, "mlp_multiple_of": 256}
-    return replace(config, **aura) if config.residual == "auraflow" else config
-
-
-def continue_from(model: MMDiT, run: Path, size: int):
-    """Start from a run's averaged weights, at another size of the picture (in pixels).
-
-    The position table is stretched bilinearly about its centre, as minRF's extend_pe does: the same
-    place in the picture keeps its vector. ValueError if the networks differ in anything else.
-    """
-    older, settings = load_run(run, "cpu")
-    theirs, mine = (asdict(replace(m.config, max_grid=1)) for m in (older, model))
-    if theirs != mine:
-        differs = ", ".join(
-            f"{k} {theirs[k]} (here {mine[k]})" for k in mine if theirs[k] != mine[k]
-        )
-        raise ValueError(f"--init {run} holds another network: {differs}")
-    state = older.state_dict()
-    old, new = older.config.max_grid, model.config.max_grid
-    scale = size / settings["size"]
-    at = (torch.arange(new) + 0.5 - new // 2) / scale + old // 2 - 0.5  # where each row lay
-    weights = (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)  # (new, old) hats
-    weights[at < 0, 0], weights[at > old - 1, -1] = 1, 1
-    table = state["positions"].view(old, old, -1)
-    stretched = torch.einsum("ia, jb, abd -> ijd", weights, weights, table)
-    state["positions"] = stretched.reshape(new * new, -1)
-    model.load_state_dict(state)
+def gather_losses(losses: torch.Tensor) -> torch.Tensor:
+    """(k,) of each rank → (ranks, k)."""
+    table = losses.new_empty(dist.get_world_size(), len(losses))
+    dist.all_gather_into_tensor(table.view(-1), losses)
+    return table
 
 
 # ------------------------------------------------------------------------------------------------
-# Start and end
+# 5 Save and resume
 # ------------------------------------------------------------------------------------------------
+# A checkpoint is a folder, one a save, whole or not there at all:
+#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages  (pickles: only your own)
+#     mp_rank_*        DeepSpeed's copy of the weights
+#     run.json         settings, facts, position, log: what the trainer itself remembers
+# A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint re-cuts it.
+
+PARTIAL, UNIVERSAL = "partial", "universal"  # folders beside the checkpoints; safe to delete
 
 
-def build_run(args: argparse.Namespace) -> Run:
-    """Join the ranks, resolve the options, build, resume. ValueError for what cannot work."""
-    if find_spec("deepspeed") is None:
-        raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
-    host_group = zero.start_processes(args.threads)
-    world_size, device = dist.get_world_size(), zero.local_device()
-    path = find_checkpoint(args)
-    record = zero.read_record(path) if path else None
-    resolve(args, record, native="bf16" if zero.native_bf16(device) else "fp32")
-    cuda = device.type == "cuda" and find_spec("triton") is not None
-    args.compile = cuda if args.compile == "auto" else args.compile == "on"
-    args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
-    universal = record is not None and record["world_size"] != world_size
-    ds_config = zero.read_ds_config(args, world_size, universal)
-    if universal:
-        zero.to_universal(path, host_group)
-    run = Run(args, ds_config, host_group, resumed=record is not None)
-    if record:
-        run.load(path, record)
-    run.open()
-    return run
-
-
-def launch(args: argparse.Namespace):
-    run = build_run(args)
+def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks):
+    partial, target = folder / PARTIAL, folder / f"{record['samples']:012d}"
+    first = ranks.rank == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(group=ranks.group)
     try:
+        engine.save_checkpoint(str(folder), tag=PARTIAL, save_latest=False)
+        dist.barrier(group=ranks.group)  # the files of every rank are written
+        if first:
+            (partial / RUN_FILE).write_text(json.dumps(record))
+            for path in partial.rglob("*"):  # whole also when the power fails
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            (folder / "latest.partial").write_text(target.name)
+            os.replace(folder / "latest.partial", folder / "latest")  # for DeepSpeed's own tools
+            for old in checkpoints(folder)[:-keep]:
+                os.replace(old, folder / PARTIAL)  # a half-deleted folder must not keep the name
+                shutil.rmtree(folder / PARTIAL)
+    except (OSError, RuntimeError) as error:  # torch's writer: RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        left = checkpoints(folder)
+        left = f"{left[-1]} still stands" if left else "there is none before it"
+        raise OSError(f"the checkpoint {target} could not be written: {error}; {left}") from error
+    dist.barrier(group=ranks.group)
+
+
+def read_record(path: Path) -> dict:
+    """What the trainer wrote with a checkpoint. ValueError if it is partial or not ours."""
+    keys = ("world_size", "settings", "rows", "log", "evals", "samples", "step", "facts", "widths")
+    try:
+        record = json.loads((path / RUN_FILE).read_text())
+        _ = [record[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of this trainer (no readable {RUN_FILE}): move it away"
+        ) from error
+    shards, wanted = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), record["world_size"]
+    if shards != wanted or not list(path.glob("mp_rank_*")):
+        raise ValueError(
+            f"{path} is partial: it holds {shards} of {wanted} optimizer shards"
+            f" and {len(list(path.glob('mp_rank_*')))} mp_rank_*; delete it, and --resume takes"
+            " the one before"
+        )
+    return record
+
+
+def to_universal(path: Path, ranks: Ranks):
+    """Re-cut a checkpoint for another number of ranks, as DeepSpeed's universal checkpoint."""
+    target = path.parent / UNIVERSAL
+    failed = torch.zeros(1)
+    if ranks.rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", path, "--output_folder", target / path.name]
+        done = subprocess.run(
+            [*map(str, command), "--inject_missing_state"], capture_output=True, text=True
+        )
+        if done.returncode:
+            print(done.stdout, done.stderr, file=sys.stderr)
+            failed += 1
+        else:  # ds_to_universal knows Adam's own states only; its reader takes any
+            for name in map(rf.average_name, EMA_WIDTHS):
+                for parameter, average in read_averages(path, [name])[name].items():
+                    file = target / path.name / "zero" / parameter / f"{name}.pt"
+                    torch.save({"param": average}, file)
+    dist.broadcast(failed, 0, group=ranks.group)
+    if failed:
+        raise OSError(
+            f"{path} could not be made universal; resume on the number of ranks that wrote it"
+        )
+
+
+def load_checkpoint(engine, adamw, path: Path, universal: bool):
+    """Weights, moments, averages and schedule from a checkpoint, or its universal one."""
+    where = path.parent / UNIVERSAL if universal else path.parent
+    loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
+    if loaded is None or any("updates" not in group for group in adamw.param_groups):
+        raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
+    for parameter, state in adamw.state.items():
+        state["step"] = state["step"].to(parameter.device)  # universal loads it onto the CPU
+    if universal:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(where)
+
+
+def launch(typed: dict):
+    ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
+    present, record = checkpoints(out / "checkpoints"), None
+    if present and typed.get("resume"):
+        record = read_record(present[-1])
+    elif present and not typed.get("overwrite"):
+        raise ValueError(
+            f"--out {out} already holds a run: continue it with --resume, replace it with"
+            " --overwrite, or choose another --out"
+        )
+    device, stage = local_device(), typed.get("stage")
+    if stage is not None:  # a folder of its own for each run
+        stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
+    saved = record["settings"] if record else {}
+    own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
+
+    def recipe_of(preset: str | None) -> dict:
+        return RECIPES.get(preset or Settings.preset, {})
+
+    settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
+    if record and record["rows"] != rows.id:
+        raise ValueError(f"the run in {out} was trained on other rows: give its --data")
+    copier = None
+    if stage is not None:  # held-out rows are read from there at once
+        if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
+            copier = Copier(rows, settings.stage_limit * 1e9)
+        dist.barrier(group=ranks.group)
+    try:
+        run = Run(settings, rows, ranks, record)
+        run.copier = copier
+        if record:
+            run.load(present[-1], record)
+        run.open()
         train(run)
     finally:
-        if run.stage is not None:
-            run.stage.close()
-    if run.rank == 0:
-        run.bar.close()
-        state = "stopped" if run.seen < args.samples else "finished"
-        again = "; add --resume auto to continue" if run.seen < args.samples else ""
-        print(f"{state} at {run.seen} of {args.samples} samples; all is in {args.out}{again}")
+        if copier is not None:
+            copier.close()
+    if ranks.rank == 0:
+        model, _ = open_checkpoint(out)
+        facts = run_facts(settings, rows, model.config, run.seen)
+        save_model(out, model, facts=facts)
+        state = "stopped" if run.seen < settings.samples else "finished"
+        again = "; add --resume to continue" if run.seen < settings.samples else ""
+        print(f"{state} at {run.seen} of {settings.samples} samples; all is in {out}{again}")
 
 
+@program("train_t2i.py")
 def main(argv: list[str] | None = None):
-    args = build_parser(__doc__).parse_args(argv)
-    rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
     try:
-        if args.plan:
-            print(describe(args))
-            return
-        launch(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        # What is wrong with the arguments is wrong on every rank: one of each machine says so.
-        if local_rank == "0" or isinstance(error, OSError):
-            where = f" (rank {rank})" if rank != "0" else ""
-            said = str(error).strip().splitlines()[-1:]  # a loader's worker adds its traceback
-            print(f"train_t2i.py: {''.join(said)}{where}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit("train_t2i.py: interrupted; the last checkpoint is whole")
+        launch(parse(Settings, argv, __doc__, RECIPES))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

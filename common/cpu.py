@@ -100,9 +100,10 @@ def available() -> bool:
     """Whether this is an AMD processor with AVX-512, and PyTorch has the product."""
     can = torch.cpu.get_capabilities()
     return (
-        "AMD" in str(can.get("cpu_name", "")) and bool(can.get("avx512_f"))
+        "AMD" in str(can.get("cpu_name", ""))
+        and bool(can.get("avx512_f"))
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )  # fmt: skip
+    )
 
 
 def use(wanted: bool | None = None):

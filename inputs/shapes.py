@@ -25,10 +25,17 @@ import numpy as np
 # In an order in which small ones are well told apart: a circle of 3 pixels is almost a square.
 SHAPES = ("square", "cross", "ring", "triangle", "star", "circle")
 COLORS = {
-    "red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (245, 225, 50),
-    "white": (250, 250, 250), "purple": (140, 50, 190), "cyan": (60, 220, 230),
-    "orange": (250, 140, 20), "pink": (250, 140, 200), "brown": (130, 80, 45),
-}  # fmt: skip
+    "red": (215, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (245, 225, 50),
+    "white": (250, 250, 250),
+    "purple": (140, 50, 190),
+    "cyan": (60, 220, 230),
+    "orange": (250, 140, 20),
+    "pink": (250, 140, 200),
+    "brown": (130, 80, 45),
+}
 SIZES = {"small": 0.14, "large": 0.19}  # radius
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -177,7 +184,7 @@ class Thing(NamedTuple):
 class Scene(NamedTuple):
     things: tuple[Thing, ...]
     background: float  # grey level, 0..255
-    noise: float  # standard deviation of the background's grain, 0..255
+    noise: float  # standard deviation of the background, 0..255
 
 
 def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) -> Scene:
@@ -211,8 +218,8 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
         if good.any():
             places = layouts[good.argmax()].tolist()
             things = tuple(Thing(*look, *xy) for look, xy in zip(looks, places, strict=True))
-            grain = float(rng.uniform(0, 6)) if rng.random() < 0.25 else 0.0
-            return Scene(things, float(rng.uniform(0, 40)), grain)
+            noise = float(rng.uniform(0, 6)) if rng.random() < 0.25 else 0.0
+            return Scene(things, float(rng.uniform(0, 40)), noise)
 
 
 def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -243,7 +250,10 @@ def relation_holds(meaning: Meaning, places: np.ndarray, clear: float = 1.0) -> 
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline of a shape of radius 1 at the origin, negative inside."""
+    """Signed distance to the outline of a shape of radius 1 at the origin, negative inside.
+
+    Raises ValueError for a shape without a drawing.
+    """
     r = np.hypot(x, y)
     if shape == "circle":
         return r - 0.95
@@ -256,7 +266,9 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(a - 0.32, b - 1), np.maximum(a - 1, b - 0.32))
     if shape == "ring":
         return abs(r - 0.72) - 0.24
-    # star: five points. Fold the plane into one half point, from its tip to the notch beside it.
+    if shape != "star":
+        raise ValueError(f"shape {shape!r} has no drawing: add one to distance()")
+    # Five points: fold the plane into one half point, from its tip to the notch beside it.
     angle = np.arctan2(x, -y)
     folded = abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     tip, notch = np.array([1.05, 0.0]), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
@@ -324,6 +336,11 @@ def prompts(tag: str, n: int, seed: int = 0, world: World = FULL) -> list[tuple[
     """n held-out prompts of a tag, for scoring."""
     rng = np.random.default_rng((seed, TAGS.index(tag)))
     return [draw_caption(rng, (tag,), held=True, world=world) for _ in range(n)]
+
+
+def prompts_by_tag(world: World, n: int) -> list[tuple[Meaning, str]]:
+    """n held-out prompts of each of the six tags, tag after tag."""
+    return [prompt for tag in TAGS for prompt in prompts(tag, n, world=world)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,11 +435,28 @@ def obeys(meaning: Meaning, things: list[Thing]) -> bool:
 
     ordered = []
     for group in meaning.groups:
-        mine = [t for t in things if fits(group, t) and t not in ordered]
-        if len(mine) != group.count:
+        members = [t for t in things if fits(group, t) and t not in ordered]
+        if len(members) != group.count:
             return False
-        ordered += mine
+        ordered += members
     if len(ordered) != len(things):
         return False
     places = np.array([(t.x, t.y) for t in ordered])
     return meaning.relation is None or bool(relation_holds(meaning, places, clear=0.8))
+
+
+def obeyed(pictures, prompts: list[tuple[Meaning, str]]) -> list[bool]:
+    """Whether each of the pictures (B, 3, H, W) uint8, array or tensor, obeys its prompt."""
+    return [
+        obeys(meaning, detect(np.asarray(picture)))
+        for picture, (meaning, _) in zip(pictures, prompts, strict=True)
+    ]
+
+
+def scores(prompts: list[tuple[Meaning, str]], obeys: list[bool]) -> dict[str, float]:
+    """The share of obedient pictures of each tag, and the mean of the six."""
+    shares = {
+        tag: float(np.mean([o for (m, _), o in zip(prompts, obeys, strict=True) if m.tag == tag]))
+        for tag in TAGS
+    }
+    return shares | {"mean": sum(shares.values()) / len(TAGS)}

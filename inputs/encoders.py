@@ -1,24 +1,121 @@
 """ENCODERS: captions → text features, images ↔ what the network sees.
 
-    text    hash: frozen word vectors, no download;  or a Hugging Face T5 / UMT5
-    image   pixels: the image itself;                or a diffusers AutoencoderKL
+    text    words: one of a few class names;  hash: frozen word vectors, no download;
+            or a Hugging Face T5 / UMT5
+    image   pixels: the image itself;         or a diffusers AutoencoderKL
+
+Every text encoder makes features in two steps, because they happen in different places:
+    stored = text.prepare(captions)     in the loader's workers: the cheap part
+    text.expand(stored, device)         on the device: → (B, T, E) fp32
 
 Shapes: B batch, T text tokens, E features, (3, H, W) an image, (C, h, w) what the network sees.
 """
 
 import zlib
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_mnist import to_bytes, to_unit
+# ------------------------------------------------------------------------------------------------
+# Pixels ↔ numbers
+# ------------------------------------------------------------------------------------------------
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 in 0..255 → fp32 in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """float in [−1, 1] (clamped) → uint8 in 0..255: the inverse of to_unit."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text features as they are stored: without padding, in 16 or 8 bits
+# ------------------------------------------------------------------------------------------------
+
+
+class Ragged(NamedTuple):
+    """The features of B captions without their padding: what travels to the device."""
+
+    values: Tensor  # (ΣL, E) as stored, fp16 or uint8
+    place: Tensor  # (ΣL,) int64: caption · T + token
+    captions: int  # B
+
+
+class TextFormat(NamedTuple):
+    """How text features (length, E) are stored. bits: 16 (fp16), or 8 as LavenderFlow keeps them:
+    byte = round((x / 2r + ½) · 255), values beyond ±r (reach) clipped.
+    """
+
+    tokens: int
+    dim: int
+    bits: int = 16
+    reach: float = 0.25
+
+    def pack(self, features: Tensor) -> bytes:
+        """(T, E) fp32, zero rows at the end → bytes without them."""
+        words = features.any(dim=1).nonzero()
+        x = features[: words[-1].item() + 1 if len(words) else 0].float().cpu().numpy()
+        if self.bits == 16:
+            return x.astype(np.float16).tobytes()
+        scaled = (x.clip(-self.reach, self.reach) / (2 * self.reach) + 0.5) * 255
+        return scaled.round().astype(np.uint8).tobytes()
+
+    def join(self, blobs: Sequence) -> Ragged:
+        """What pack gave for each of B captions → one Ragged."""
+        dtype = np.float16 if self.bits == 16 else np.uint8
+        stored = [np.frombuffer(blob, dtype).reshape(-1, self.dim) for blob in blobs]
+        first = range(0, len(stored) * self.tokens, self.tokens)
+        place = [np.arange(k, k + len(x)) for k, x in zip(first, stored, strict=True)]
+        values, place = (torch.from_numpy(np.concatenate(x)) for x in (stored, place))
+        return Ragged(values, place, len(stored))
+
+    def expand(self, stored: Ragged, device="cpu") -> Tensor:
+        """→ (B, T, E) fp32 on the device, zero beyond each caption's end."""
+        place = stored.place.to(device, non_blocking=True)
+        values = stored.values.to(device, non_blocking=True).float()
+        if self.bits == 8:
+            values = (values / 255 - 0.5) * (2 * self.reach)
+        flat = values.new_zeros(stored.captions * self.tokens, self.dim)
+        flat.index_copy_(0, place, values)
+        return flat.view(stored.captions, self.tokens, self.dim)
+
 
 # ------------------------------------------------------------------------------------------------
 # Text encoders: captions → (B, T, E) fp32, rows beyond the caption zero
 # ------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """One word out of a few, one-hot: all that digits need. The last class is the empty caption."""
+
+    name, in_workers, tokens = "words", True, 1
+
+    def __init__(self, words: list[str]):
+        self.words, self.dim = list(words), len(words) + 1
+
+    def prepare(self, captions: list[str]) -> Tensor:
+        """→ labels (B,) int64."""
+        number = {word: k for k, word in enumerate(self.words)} | {"": len(self.words)}
+        for caption in captions:
+            if caption not in number:
+                known = ", ".join(self.words[:20])
+                raise ValueError(f"{caption!r} is no word of this model; it knows: {known}")
+        return torch.tensor([number[caption] for caption in captions])
+
+    def expand(self, labels: Tensor, device="cpu") -> Tensor:
+        """labels (B,) int64 → (B, 1, words + 1)."""
+        labels = labels.to(device, non_blocking=True)
+        return (labels[:, None] == torch.arange(self.dim, device=device)).float()[:, None]
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return self.expand(self.prepare(captions))
 
 
 class HashText:
@@ -37,28 +134,35 @@ class HashText:
 
     def __init__(self, dim: int = 128, tokens: int = 16):
         self.dim, self.tokens = dim, tokens
-        self.vector = lru_cache(maxsize=100_000)(self._vector)
+        self.vectors: dict[str, Tensor] = {}
         frequencies = torch.exp(-np.log(1000) * torch.arange(dim // 2) / (dim // 2))
         angles = torch.arange(tokens)[:, None] * frequencies
         self.positions = torch.cat([angles.sin(), angles.cos()], dim=1) / dim**0.5  # (T, E)
 
-    def _vector(self, word: str) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-        return torch.randn(self.dim, generator=generator) / self.dim**0.5
+    def vector(self, word: str) -> Tensor:
+        if word not in self.vectors:
+            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            self.vectors[word] = torch.randn(self.dim, generator=generator) / self.dim**0.5
+        return self.vectors[word]
 
     def __call__(self, captions: list[str]) -> Tensor:
         words = torch.zeros(len(captions), self.tokens, self.dim)
-        there = torch.zeros(len(captions), self.tokens, 1)
-        for row, mask, caption in zip(words, there, captions, strict=True):
+        mask = torch.zeros(len(captions), self.tokens, 1)
+        for row, used, caption in zip(words, mask, captions, strict=True):
             spelled = caption.lower().replace(",", " ").split()[: self.tokens]
             if spelled:
                 row[: len(spelled)] = torch.stack([self.vector(word) for word in spelled])
-                mask[: len(spelled)] = 1
+                used[: len(spelled)] = 1
         features = words + self.positions
         for d in range(1, min(self.REACH + 1, self.tokens)):
             features[:, d:] += 0.5**d * words[:, :-d].roll(d * self.ROLL, -1)
             features[:, :-d] += 0.5**d * words[:, d:].roll(-d * self.ROLL, -1)
-        return features * there
+        return features * mask
+
+    prepare = __call__
+
+    def expand(self, features: Tensor, device="cpu") -> Tensor:
+        return features.to(device, non_blocking=True)
 
 
 def inside(name: str, part: str) -> dict:
@@ -105,15 +209,26 @@ class HuggingFaceText:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:
         batch = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.tokens,
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokens,
             return_tensors="pt",
-        ).to(self.device)  # fmt: skip
+        ).to(self.device)
         features = self.model(batch.input_ids, attention_mask=batch.attention_mask)[0].float()
         return features * batch.attention_mask[..., None]
 
+    def prepare(self, captions: list[str]) -> list[str]:
+        return captions
 
-def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu"):
-    """`hash`, or the name or folder of a T5 / UMT5; captions are cut or padded to `tokens`."""
+    def expand(self, captions: list[str], device="cpu") -> Tensor:
+        return self(captions).to(device)
+
+
+def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu", words=()):
+    """`words`, `hash`, or the name or folder of a T5 / UMT5; captions end after `tokens`."""
+    if name == "words":
+        return Words(words)
     return HashText(tokens=tokens) if name == "hash" else HuggingFaceText(name, tokens, device)
 
 
@@ -123,11 +238,14 @@ def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu"):
 
 
 class Pixels:
-    """The image itself in [−1, 1]."""
+    """The image itself in [−1, 1]. channels: 3, or 1 for grey images."""
 
-    name, kind, channels, factor, random = "pixels", "pixels", 3, 1, False
+    name, kind, factor, random = "pixels", "pixels", 1, False
 
-    def encode(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
+    def __init__(self, channels: int = 3):
+        self.channels = channels
+
+    def encode(self, images: Tensor, vae_noise: Tensor | None = None) -> Tensor:
         return to_unit(images)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -137,9 +255,9 @@ class Pixels:
 class VAE:
     """A diffusers AutoencoderKL, by hub name or local folder. Latents are scaled to about N(0, 1).
 
-    An image has a distribution of latents, N(mean, variance): `grain` (B, C, h, w) ~ N(0, 1) picks
-    one, another in every epoch; without grain it is the mean. What `prepare` stored (moments) takes
-    the image's place everywhere.
+    An image has a distribution of latents, N(mean, variance): `vae_noise` (B, C, h, w) ~ N(0, 1)
+    picks one, another in every epoch; without it the mean is taken. What tools/prepare stored
+    (moments) takes the image's place everywhere.
     """
 
     kind, random = "moments", True
@@ -166,11 +284,11 @@ class VAE:
         posterior = self.model.encode(to_unit(images).to(self.device)).latent_dist
         return torch.stack([posterior.mean, posterior.logvar], dim=1)
 
-    def encode(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, vae_noise: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) uint8, moments (B, 2, C, h, w), or means alone (B, 1, C, h, w)."""
         moments = self.moments(images) if images.dtype == torch.uint8 else images.float()
         mean, *logvar = moments.unbind(1)
-        z = mean + (0.5 * logvar[0]).exp() * grain if logvar and grain is not None else mean
+        z = mean + (0.5 * logvar[0]).exp() * vae_noise if logvar and vae_noise is not None else mean
         return (z - self.shift) * self.scale
 
     @torch.no_grad()
@@ -178,47 +296,14 @@ class VAE:
         return to_bytes(self.model.decode(x.to(self.device) / self.scale + self.shift).sample)
 
 
-class Encoded:
-    """Latents that came ready-made, the means of the VAE named; it is not loaded."""
-
-    kind = "latents"
-
-    def __init__(self, name: str, channels: int):
-        try:
-            from diffusers import AutoencoderKL
-
-            config = AutoencoderKL.load_config(name, **inside(name, "vae"))
-        except ImportError as error:
-            raise ValueError(f"--vae {name} needs diffusers: pip install diffusers") from error
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--vae {name} could not be loaded: {reason}") from error
-        if config["latent_channels"] != channels:
-            raise ValueError(
-                f"--latent-shape has {channels} channels, --vae {name} {config['latent_channels']}"
-            )
-        self.name, self.channels = name, channels
-        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def image_encoder(name: str, device: str | torch.device = "cpu"):
+def image_encoder(name: str, device: str | torch.device = "cpu", channels: int = 3):
     """`pixels`, or the name or folder of an AutoencoderKL."""
-    return Pixels() if name == "pixels" else VAE(name, device)
+    return Pixels(channels) if name == "pixels" else VAE(name, device)
 
 
 # ------------------------------------------------------------------------------------------------
-# What `prepare` asks of images besides: (B, 3, H, W) uint8 → embeddings, or captions
+# Other models of transformers, for the tools
 # ------------------------------------------------------------------------------------------------
-
-
-class PixelEmbedder:
-    """Tiny pictures without their mean, (B, 192), unit length: finds copies, scaled or recoded."""
-
-    SIDE = 8  # pixels
-
-    def __call__(self, images: Tensor) -> Tensor:
-        small = torch.nn.functional.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(1)
-        return torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
 
 
 def pretrained(model: str, device, option: str, kind: str, processor: str = "AutoProcessor"):
@@ -235,50 +320,3 @@ def pretrained(model: str, device, option: str, kind: str, processor: str = "Aut
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{option} {model} could not be loaded: {reason}") from error
     return loaded.to(device).eval(), prepares
-
-
-class ModelEmbedder:
-    """The image features of a CLIP, SigLIP or DINO model, unit length."""
-
-    def __init__(self, model: str, device):
-        self.device = device
-        self.model, self.processor = pretrained(model, device, "--dedup", "AutoModel")
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        find = getattr(self.model, "get_image_features", self.model)
-        found = find(pixel_values=pixels.to(self.device))
-        if not isinstance(found, Tensor):
-            pooled = getattr(found, "pooler_output", None)
-            found = found.last_hidden_state.mean(1) if pooled is None else pooled
-        return torch.nn.functional.normalize(found.float(), dim=1).cpu()
-
-
-class Captioner:
-    """An image-to-text model, captions of at most 64 tokens. Chat models are asked to describe."""
-
-    ASK = "Describe this image in one sentence."
-
-    def __init__(self, model: str, device):
-        self.device = device
-        self.model, self.processor = pretrained(
-            model, device, "--recaption", "AutoModelForImageTextToText"
-        )
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[str]:
-        options = {"images": list(images), "return_tensors": "pt"}
-        chat = getattr(self.processor, "chat_template", None) is not None
-        if chat:
-            question = [{"type": "image"}, {"type": "text", "text": self.ASK}]
-            prompt = self.processor.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True
-            )
-            self.processor.tokenizer.padding_side = "left"
-            options |= {"text": [prompt] * len(images), "padding": True}
-        inputs = self.processor(**options).to(self.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        if chat:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return [s.strip() for s in self.processor.batch_decode(tokens, skip_special_tokens=True)]

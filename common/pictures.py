@@ -1,0 +1,140 @@
+"""PICTURES: what a program leaves to look at.
+
+    captioned, classes, progress   a sheet: pictures row by row, with words above and beside them
+    film, strip                    pixels as they are: an animation, one row
+    curves                         the loss and the scores of a run
+
+All pictures are uint8 (B, C, H, W) on the CPU, C = 1 (grey) or 3. Imports nothing of ours.
+"""
+
+import textwrap
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grid(pictures: Tensor, columns: int, gap: int = 1) -> np.ndarray:
+    """(B, C, H, W) → one picture (rows·(H + gap) + gap, columns·(W + gap) + gap, 3), row by row.
+
+    gap: white pixels around each picture (but around a single one: none). Where the last row is
+    not full, the rest is white.
+    """
+    from torchvision.utils import make_grid
+
+    return make_grid(pictures, columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def sheet(
+    pictures: Tensor, columns: int, path: Path, above: list[str], beside=(), inches=1.8, wrap=26
+):
+    """A PNG of pictures, row by row, with words above and beside them.
+
+    above: for the pictures of the first row, or for all. beside: for the rows, at their left.
+    inches: width of a picture. wrap: letters in a line of `above`.
+    """
+    import matplotlib.pyplot as plt
+
+    H, W = pictures.shape[2:]
+    gap = W // 32 + 1
+    above = [textwrap.fill(text, wrap) for text in above]
+    lines = max(text.count("\n") for text in above) + 1
+    head = ceil(lines * 0.13 * W / inches) if len(above) > columns else 0  # a line has 0.13 inch
+    row = head + H + gap
+    image = grid(F.pad(pictures, (0, 0, head, 0), value=255), columns, gap)
+    figure = plt.figure(figsize=(inches * image.shape[1] / W, inches * image.shape[0] / W))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(image)
+    axes.axis("off")
+    words = {"fontsize": 7, "parse_math": False}  # a prompt may hold dollars
+    for i, text in enumerate(above):
+        x, y = (i % columns + 0.5) * (W + gap), i // columns * row + head
+        axes.text(x, y, text, ha="center", va="bottom", **words)
+    for i, text in enumerate(beside):
+        axes.text(0, i * row + head + H / 2, f"{text} ", ha="right", va="center", **words)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def captioned(pictures: Tensor, captions: list[str], path: Path, columns: int = 6):
+    """A PNG of B pictures, each under its caption."""
+    sheet(pictures, columns, path, captions)
+
+
+def classes(pictures: Tensor, names: list[str], path: Path):
+    """A PNG with a column for each class: B = rows·len(names) pictures, row by row."""
+    sheet(pictures, len(names), path, names, inches=0.8, wrap=12)
+
+
+def strip(pictures: Tensor, path: Path):
+    """A PNG of B pictures side by side, without a gap."""
+    from PIL import Image
+
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(grid(pictures, len(pictures), gap=0)).save(path)
+
+
+def progress(folder: Path, captions: list[str], path: Path):
+    """A PNG of every strip of the folder, a row each, under the captions of their pictures.
+
+    The name of a strip is the number of samples seen: 000000083200.png.
+    """
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    columns, strips = len(captions), sorted(folder.glob("[0-9]*.png"))
+    rows = [pil_to_tensor(Image.open(strip)).chunk(columns, dim=2) for strip in strips]
+    pictures = torch.stack([picture for row in rows for picture in row])
+    seen = [f"{int(strip.stem):,}" for strip in strips]
+    sheet(pictures, columns, path, captions, seen, inches=0.95, wrap=16)
+
+
+def film(frames: Tensor, columns: int, path: Path):
+    """A looping GIF of frames (S, B, C, H, W), from noise to data; it rests on the last one."""
+    from PIL import Image
+
+    images = [Image.fromarray(grid(pictures, columns)) for pictures in frames]
+    factor = max(1, round(300 / images[0].width))
+    images = [
+        image.resize((image.width * factor, image.height * factor), Image.NEAREST).quantize(32)
+        for image in images  # noise does not compress: few colours and no more pixels than needed
+    ]
+    durations = [120] * (len(images) - 1) + [2000]  # milliseconds
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def curves(log: list[dict], evals: list[dict], path: Path):
+    """A PNG of the loss over the samples seen, the last held-out loss against t, and the scores.
+
+    log: rows of samples and loss. evals: rows of samples, loss, "loss_t0/8" … "loss_t7/8", and the
+    scores in [0, 1], whose names are whatever other keys there are ("mean" is drawn thick).
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    last = evals[-1] if evals else {}
+    by_time = [loss for name, loss in last.items() if name.startswith("loss_t")]
+    scores = [name for name in last if name != "samples" and not name.startswith("loss")]
+    panels = 2 + bool(scores)
+    figure, axes = plt.subplots(1, panels, figsize=(4.7 * panels, 3.8), layout="constrained")
+
+    def draw(axis, rows: list[dict], name: str, *style, **options):
+        axis.plot([row["samples"] for row in rows], [row[name] for row in rows], *style, **options)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k for 200000
+        axis.set(xlabel="samples")
+        axis.legend(fontsize=7)
+
+    draw(axes[0], log, "loss", alpha=0.5, label="training")
+    draw(axes[0], evals, "loss", "o-", label="held out, t = 0, 1/8 … 7/8")
+    axes[0].set(ylabel="loss", yscale="log")
+    axes[1].bar([i / 8 for i in range(len(by_time))], by_time, width=0.1)
+    axes[1].set(xlabel="t   (0 = data, 1 = noise)", ylabel="held-out loss")
+    for name in scores:
+        thick = {"color": "black", "linewidth": 2.5} if name == "mean" else {}
+        draw(axes[2], evals, name, "o-", markersize=3, label=name, **thick)
+        axes[2].set(ylabel="share of pictures that obey", ylim=(0, 1))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

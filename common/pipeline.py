@@ -1,0 +1,354 @@
+"""PIPELINE: what was learned, and all that turns captions into pictures with it.
+
+    network, text encoder, image encoder, facts         as in diffusers
+
+The facts say how the network wants to be used: size, guidance, steps, time shift, and which rows it
+was trained on. A pipeline comes from the folder of a run of either chapter, from one checkpoint,
+from exported weights, or from AuraFlow's release.
+
+Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees of an image.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rf
+from common.auraflow import load_auraflow, pipeline_folder
+from common.settings import Options, option, settle
+from common.start import begin, choose_device
+from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
+from inputs.rows import open_rows
+from mmdit import MMDiT, MMDiTConfig, load_model, save_model
+
+# AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
+AURAFLOW = {"size": 1024, "cfg": 3.5, "steps": 50, "shift": 1.73, "shapes": 0, "source": "AuraFlow"}
+FROM_INIT = (  # what a run takes over from the one it starts from
+    "preset",
+    "patch_size",
+    "residual",
+    "cfg",
+    "size",
+    "text_encoder",
+    "text_tokens",
+    "vae",
+)
+RUN_FILE = "run.json"  # of a checkpoint of chapter 2
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+# ------------------------------------------------------------------------------------------------
+
+
+def fixed_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape) fp32 on the CPU: picture i has a noise of (seed, i) alone."""
+    generators = rf.generators(seed, "picture", numbers)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def draw(
+    model: rf.Model,
+    image,
+    noise: Tensor,
+    features: Callable[[list[int]], Tensor],
+    null_text: Tensor,
+    *,
+    batch: int = 128,
+    progress: bool = False,
+    trajectory: bool = False,
+    **how,
+) -> Tensor:
+    """noise (B, C, h, w) → pictures (B, C, H, W) uint8 on the CPU.
+
+    features: numbers of pictures → their text (b, T, E) on the device. how: of rf.sample.
+    batch: pictures at a time. trajectory: (steps + 1, B, C, H, W), the noise first.
+    """
+    pictures, device = [], null_text.device
+    parts = torch.arange(len(noise)).split(batch)
+    for part in tqdm(parts, unit="batch", disable=not progress):
+        text, x = features(part.tolist()), noise[part].to(device)
+        x = rf.sample(model, x, text, null_text=null_text, return_trajectory=trajectory, **how)
+        frames = [image.decode(frame).cpu() for frame in (x if trajectory else x[None])]
+        pictures.append(torch.stack(frames))  # (steps + 1 or 1, b, C, H, W)
+    pictures = torch.cat(pictures, dim=1)
+    return pictures if trajectory else pictures[0]
+
+
+@dataclass(frozen=True)
+class Sampling(Options):
+    """What every program that draws with a run is told. None: the run's own value."""
+
+    run: str = option(None, "folder of a run, a checkpoint, or exported weights", positional=True)
+    auraflow: bool = option(False, "RUN is AuraFlow's pipeline: a folder or hub name")
+    cfg: float | None = option(None, "guidance: 1 none, above 1 closer to the text (the run's)")
+    steps: int | None = option(None, "solver steps from noise to image (the run's)", least=1)
+    shift: float | None = option(None, "of the sampler's time grid (the run's)", above=0)
+    solver: str = option("euler", ", ".join(rf.SOLVERS), choices=rf.SOLVERS)
+    ema: float | None = option(None, "width of the average, say 0.05 (the narrowest)", above=0)
+    seed: int = option(0, "of the noise", least=0)
+    batch: int | None = option(None, "images at a time (128, fewer where they are large)", least=1)
+    device: str = option("auto", "auto, cpu, mps or cuda")
+
+    def open(self, run: str | None = None) -> "Pipeline":
+        """The pipeline of RUN, or of another run, on the device."""
+        device = choose_device(self.device)
+        begin(device)
+        if self.auraflow:
+            return Pipeline.auraflow(run or self.run, device)
+        return Pipeline.open(run or self.run, device, self.ema)
+
+    def how(self) -> dict:
+        """Arguments of Pipeline.draw."""
+        return {key: getattr(self, key) for key in ("cfg", "steps", "shift", "solver", "batch")}
+
+
+@dataclass
+class Pipeline:
+    model: rf.Model
+    text: object  # an encoder of encoders.py
+    image: object
+    facts: dict
+    device: torch.device | str = "cpu"
+    origin: str = ""  # which weights, for people
+
+    @classmethod
+    def open(cls, path: str | Path, device="cpu", ema: float | None = None) -> "Pipeline":
+        """A run, a checkpoint or exported weights. ema: the relative width of the average, if not
+        the one that was exported, or the narrowest: any width near the two that are kept.
+
+        Raises FileNotFoundError or ValueError if it holds no weights of ours.
+        """
+        path, facts = Path(path), read_facts(path)
+        if ema is None and (path / "model.safetensors").is_file():
+            model, origin = load_model(path, device), str(path)
+        else:
+            model, origin = open_checkpoint(path, ema)
+        tokens, words = facts["text_tokens"], facts["words"]
+        text = text_encoder(facts["text_encoder"], tokens, device, words)
+        image = image_encoder(facts["vae"], device, facts["channels"])
+        origin += f" after {facts['samples']} samples"
+        return cls(model.to(device).eval(), text, image, facts, device, origin)
+
+    @classmethod
+    def auraflow(cls, name: str, device: torch.device) -> "Pipeline":
+        """AuraFlow's release, by hub name or folder; network and text in bf16 on a GPU."""
+        folder = pipeline_folder(name)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = load_auraflow(folder, device, dtype)
+        text = HuggingFaceText(str(folder), 256, device, dtype)
+        return cls(model, text, VAE(str(folder), device), AURAFLOW, device, name)
+
+    def latent(self, size: int | str | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of 512 or "512x768" pixels. ValueError if it does not fit."""
+        size, factor = size or self.facts["size"], self.image.factor
+        sides = str(size).split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(f"--size {size} must be a number of pixels or HEIGHTxWIDTH")
+        if any(int(side) % factor for side in sides):
+            raise ValueError(f"--size {size} must be a multiple of {factor}, the VAE's factor")
+        return self.image.channels, int(sides[0]) // factor, int(sides[-1]) // factor
+
+    def noise(self, seed: int, numbers: Sequence[int], size: int | str | None = None) -> Tensor:
+        """(n, C, h, w) fp32 on the CPU; picture i has a noise of (seed, i) alone."""
+        return fixed_noise(seed, numbers, self.latent(size))
+
+    def features(self, captions: list[str]) -> Tensor:
+        """(B, T, E) fp32 on the device, rounded as the rows of the run stored them."""
+        text_format = self.facts.get("text_format")
+        if text_format is None:
+            return self.text.expand(self.text.prepare(captions), self.device)
+        kept = TextFormat(**text_format)
+        return kept.expand(kept.join([kept.pack(f) for f in self.text(captions)]), self.device)
+
+    def how(self, **given) -> dict:
+        """cfg, steps, shift and solver for rf.sample; None is the run's own value."""
+        keys = ("cfg", "steps", "shift", "solver")
+        own = self.facts | {"solver": "euler"}
+        return {key: own[key] if given.get(key) is None else given[key] for key in keys}
+
+    def draw(
+        self,
+        captions: list[str],
+        noise: Tensor,
+        batch=None,
+        progress=False,
+        trajectory=False,
+        **how,
+    ) -> Tensor:
+        """captions, noise (B, C, h, w) → pictures (B, C, H, W) uint8 on the CPU.
+
+        how: cfg, steps, shift, solver. batch, progress, trajectory: as in draw above.
+        """
+        pixels = noise.shape[-1] * noise.shape[-2] * self.image.factor**2
+        return draw(
+            self.model,
+            self.image,
+            noise,
+            lambda part: self.features([captions[i] for i in part]),
+            self.features([""]),
+            batch=batch or max(1, min(128, 128 * 256**2 // pixels)),
+            progress=progress,
+            trajectory=trajectory,
+            **self.how(**how),
+        )
+
+    def save(self, folder: str | Path):
+        """model.safetensors and config.json, which open() reads."""
+        save_model(folder, self.model, facts=self.facts)
+
+
+def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
+    """The facts of a run of either chapter."""
+    keys = ("size", "text_encoder", "text_tokens", "vae", "cfg", "shift", "preset")
+    facts = {key: getattr(settings, key) for key in keys}
+    facts |= {"steps": settings.sample_steps, "residual": config.residual, "samples": samples}
+    facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
+    facts["text_format"] = rows.text._asdict() if isinstance(rows.text, TextFormat) else None
+    facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}
+    return facts | {"source": " ".join(map(str, settings.data))}
+
+
+def settle_run(
+    cls: type, typed: dict, saved: dict, device, recipe_of: Callable, stage=None, own=()
+) -> tuple:
+    """→ the settings and the rows of a run, for both trainers.
+
+    typed: the command line. saved: settings of the run to resume, or {}. recipe_of: preset → its
+    defaults. own: further defaults of the trainer's.
+    A run that starts from another takes its network and encoders, and its time shift made fit for
+    the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
+    """
+    init = read_facts(typed["init"]) if "init" in typed and not saved else {}
+    known = saved | typed
+    rows = open_rows(
+        known.get("data") or init.get("source", cls.DATA).split(),
+        known.get("data_weights", ()),
+        data_dir=known.get("data_dir", "data"),
+        seed=known.get("seed", 0),
+        stage=stage,
+    )
+    older = {key: init[key] for key in FROM_INIT if init}
+    if init:
+        size = rows.facts.get("size", typed.get("size", init["size"]))
+        older["shift"] = init["shift"] * size / init["size"]
+    defaults = [rows.step_defaults(known), rows.defaults, older, *own]
+    preset = next((s["preset"] for s in (known, *defaults) if s.get("preset")), None)
+    settings = settle(
+        cls,
+        typed | {"data": rows.names},
+        saved=saved,
+        facts=rows.facts,
+        defaults=[*defaults, recipe_of(preset)],
+    )
+    return settings, rows.begin(settings, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# The averages of chapter 2's checkpoints, from ZeRO's shards
+# ------------------------------------------------------------------------------------------------
+
+
+class _Standin:
+    """In place of the DeepSpeed classes that its files mention, so that none of its code runs."""
+
+    def __init__(self, *args):
+        pass
+
+
+STANDINS = [
+    (_Standin, f"deepspeed.{name}")
+    for name in (
+        "utils.tensor_fragment.fragment_address",
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.zero.config.ZeroStageEnum",
+    )
+]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first. What is half written has another name."""
+    return sorted(folder.glob("[0-9]" * 12))
+
+
+def load_shard(file: Path) -> dict:
+    """One of DeepSpeed's files; tensors stay on disk until they are looked at."""
+    with torch.serialization.safe_globals(STANDINS):
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def rank_of(file: Path) -> int:
+    return int(file.name.partition("zero_pp_rank_")[2].partition("_")[0])
+
+
+def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """name of the average → name of the parameter → the whole fp32 average, in host memory."""
+    pieces: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+    for file in sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of):
+        saved = load_shard(file)["optimizer_state_dict"]
+        states = saved["base_optimizer_state"]["state"].values()  # of each group's row
+        for state, places in zip(states, saved["param_slice_mappings"], strict=True):
+            for name in names:
+                if name not in state:
+                    raise ValueError(f"{checkpoint} holds no average {name}")
+                for parameter, at in places.items():
+                    part = state[name][at.start : at.start + at.numel]
+                    pieces[name].setdefault(parameter, []).append(part)
+    shapes = load_shard(next(checkpoint.glob("mp_rank_*")))["module"]
+    return {
+        name: {p: torch.cat(parts).view(shapes[p].shape) for p, parts in found.items()}
+        for name, found in pieces.items()
+    }
+
+
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run, or `path` itself."""
+    return (checkpoints(path / "checkpoints") or [path])[-1]
+
+
+def read_facts(path: str | Path) -> dict:
+    """The facts of a run, a checkpoint, or exported weights. FileNotFoundError if it is none."""
+    for file in (Path(path) / "config.json", newest(Path(path)) / RUN_FILE):
+        if file.is_file():
+            facts = json.loads(file.read_text()).get("facts")
+            if facts is None:
+                raise ValueError(f"{file} holds no facts: no trainer of ours wrote it")
+            return facts
+    raise FileNotFoundError(f"{path} holds no weights: train it first, or give another run")
+
+
+def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
+    """The network with the averaged weights of a run's newest checkpoint, or of `path` itself."""
+    folder = newest(path)
+    if not (folder / RUN_FILE).is_file():
+        raise FileNotFoundError(f"{path} holds no checkpoint: only its exported weights, no --ema")
+    record = json.loads((folder / RUN_FILE).read_text())
+    width = min(record["widths"]) if ema is None else ema
+    if width in record["widths"]:
+        name = rf.average_name(width)
+        average = read_averages(folder, [name])[name]
+    else:
+        kept = checkpoints(folder.parent)
+        average = between(kept, record["widths"], record["step"], width)
+    model = MMDiT(MMDiTConfig(**record["model"]))
+    model.load_state_dict(average)
+    return model, f"{folder}, average {width},"
+
+
+def between(kept: list[Path], widths: list[float], step: int, width: float) -> dict[str, Tensor]:
+    """An average that was never kept, from those of all checkpoints (EDM2, section 3.2)."""
+    records = [json.loads((folder / RUN_FILE).read_text()) for folder in kept]
+    snapshots = [(record["step"], w) for record in records for w in widths]
+    shares = iter(rf.posthoc_coefficients(snapshots, step, width))
+    total: dict[str, Tensor] = {}
+    for folder in kept:
+        averages = read_averages(folder, [rf.average_name(w) for w in widths])
+        for average in averages.values():
+            share = float(next(shares))
+            for name, tensor in average.items():
+                total[name] = total.get(name, 0) + share * tensor
+    return total

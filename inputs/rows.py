@@ -1,0 +1,908 @@
+"""ROWS: what a flow learns from, whatever it is.
+
+    digits, shapes       drawn or held in memory            (digits.py, shapes.py)
+    prepared folders     images encoded once, as Arrow chunks               (tools/prepare.py)
+    pairs                noise and what a model made of it, for reflow        (tools/pairs.py)
+
+A row is a path that is known at K + 1 points, and its caption. K = 0: only the data is known.
+K = 1: noise and data. K > 1: points of the path between them. rf.line takes all three.
+
+A run reads an endless row of samples, numbered by their position. Which row stands there, its
+caption, its noise, its time and whether its caption is dropped are functions of (seed, position)
+alone. So a run is the same on one rank and on a hundred, before and after a resume.
+
+    source    one name of --data: facts that nothing may contradict, held-out rows, its streams
+    stream    the rows of one source that have one size: (n, position) → what is stored
+    Rows      all streams, interleaved by step: every step reads one stream, so one size
+
+Shapes: B batch, T text tokens, E text features, K + 1 points of a path, (C, h, w) what the network
+sees of an image.
+"""
+
+import base64
+import json
+import os
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from heapq import merge
+from itertools import accumulate, takewhile
+from math import ceil
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import rf
+from common.settings import Options, option
+from common.start import write_whole
+from inputs import digits
+from inputs.encoders import Ragged, TextFormat, image_encoder, text_encoder
+from inputs.shapes import MAX_WORDS, Shapes, World
+
+SCHEMA = 2  # of prepared folders and pairs: a run refuses another one
+SHAPES_HELD, DIGITS_HELD, PAIRS_HELD = 512, 1000, 512  # rows for the validation loss, at most
+TIMES = 8  # the validation loss is asked at t = 0, 1/8, …, 7/8
+
+Text = Tensor | Ragged | list[str]  # what an encoder's `prepare` gives, and its `expand` takes
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """What the rows need to be told: the first options of both chapters."""
+
+    data: list[str] = option(
+        ["shapes"],
+        "shapes, mnist, glyphs, cifar10, or folders of tools.prepare and tools.pairs",
+        group="data",
+    )
+    data_weights: list[float] = option([], "shares of several --data", above=0, fixed=True)
+    data_dir: Path = option(Path("data"), "where mnist and cifar10 lie, or are downloaded to")
+    window: int = option(4, "chunks whose rows are shuffled together", least=1, fixed=True)
+    size: int = option(20, "pixels a side", least=1, fixed=True)
+    shapes: int = option(4, "how many of the six shapes", least=0, fixed=True)
+    colors: int = option(6, "how many of the ten colours", least=0, fixed=True)
+    places: int = option(10, "points a side at which things may stand", least=0, fixed=True)
+    text_encoder: str = option("hash", "hash, or name or folder of a T5 / UMT5", fixed=True)
+    text_tokens: int = option(MAX_WORDS, "tokens of a caption", least=1, fixed=True)
+    vae: str = option("pixels", "pixels, or name or folder of an AutoencoderKL", fixed=True)
+    seed: int = option(0, "of weights, order, noise and time", least=0, fixed=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ValueError(
+                f"--data-weights has {len(self.data_weights)} numbers, must have one for each of"
+                f" the {len(self.data)} --data"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Orders: n → row number, each row once an epoch
+# ------------------------------------------------------------------------------------------------
+
+
+def keep(cache: dict, key, make, most: int = 8):
+    """cache[key], made if it is not there; the oldest of more than `most` go."""
+    if key not in cache:
+        cache[key] = make()
+        for old in list(cache)[:-most]:
+            del cache[old]
+    return cache[key]
+
+
+class Order:
+    """All rows of a source in a new permutation each epoch."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epochs = rows, seed, {}
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(rf.mix_seed(self.seed, "epoch", epoch))
+        return torch.randperm(self.rows, generator=generator).numpy()
+
+    def __call__(self, numbers: Sequence[int]) -> np.ndarray:
+        """n (B,) → row numbers (B,)."""
+        epochs, places = np.divmod(numbers, self.rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            order = keep(self.epochs, epoch, partial(self._epoch, epoch), 2)
+            rows[inside] = order[places[inside]]
+        return rows
+
+
+class Range(NamedTuple):
+    """Rows of one split and one size that lie one after another in a chunk."""
+
+    chunk: int
+    split: str  # "train" or "validation"
+    height: int  # of the picture, in pixels
+    width: int
+    first: int
+    rows: int
+
+
+class WindowOrder:
+    """The training rows of one size of a prepared folder, chunk after chunk.
+
+    An epoch is a seeded permutation of the folder's chunks, the same for all sizes, cut into
+    windows of `window` ranges, whose rows are permuted together.
+    ranges: row number of a range's first row, and the range.
+    """
+
+    def __init__(self, ranges: list[tuple[int, Range]], window: int, seeds: tuple[int, int]):
+        self.ranges, self.window, self.seeds, self.cache = ranges, window, seeds, {}
+        self.rows = sum(r.rows for _, r in ranges)
+
+    def _epoch(self, epoch: int) -> tuple[list, np.ndarray]:
+        """The windows, lists of ranges, and the place in the epoch at which each begins."""
+        chunks = np.array([r.chunk for _, r in self.ranges])
+        rng = np.random.default_rng(rf.mix_seed(self.seeds[0], "chunks", epoch))
+        turn = np.argsort(rng.permutation(chunks.max() + 1))
+        order = [self.ranges[i] for i in np.argsort(turn[chunks], kind="stable")]
+        windows = [order[i : i + self.window] for i in range(0, len(order), self.window)]
+        sizes = [sum(r.rows for _, r in window) for window in windows]
+        return windows, np.array([0, *accumulate(sizes)])
+
+    def epoch(self, epoch: int) -> tuple[list, np.ndarray]:
+        return keep(self.cache, epoch, partial(self._epoch, epoch))
+
+    def _within(self, epoch: int, window: int) -> np.ndarray:
+        """The row numbers of a window, permuted."""
+        ranges = self.epoch(epoch)[0][window]
+        rows = np.concatenate([np.arange(first, first + r.rows) for first, r in ranges])
+        rng = np.random.default_rng(rf.mix_seed(self.seeds[1], f"rows {epoch}", window))
+        return rows[rng.permutation(len(rows))]
+
+    def __call__(self, numbers: Sequence[int]) -> np.ndarray:
+        rows = []
+        for epoch, place in (divmod(int(n), self.rows) for n in numbers):
+            starts = self.epoch(epoch)[1]
+            w = int(np.searchsorted(starts, place, side="right")) - 1
+            window = keep(self.cache, (epoch, w), partial(self._within, epoch, w))
+            rows.append(window[place - starts[w]])
+        return np.array(rows)
+
+    def uses(self, n: int) -> Iterator[tuple[int, int, set[int]]]:
+        """(first n, last n + 1, chunks) of every window, from the one that holds n on, endless."""
+        epoch, place = divmod(n, self.rows)
+        while True:
+            windows, starts = self.epoch(epoch)
+            for window, first, last in zip(windows, starts[:-1], starts[1:], strict=True):
+                if last > place:
+                    begin = epoch * self.rows
+                    yield begin + int(first), begin + int(last), {r.chunk for _, r in window}
+            epoch, place = epoch + 1, 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources: rows by their number
+# ------------------------------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """The training rows of one source that have one size."""
+
+    source: "Source"
+    order: Order | WindowOrder
+    bucket: tuple[int, int]  # (h, w) that the network sees
+
+
+class Held(NamedTuple):
+    """Held-out rows of one size: finite, in order, always with their first caption."""
+
+    source: "Source"
+    rows: np.ndarray  # row numbers
+    first: int  # the number, among the source's held-out rows, of the first of these
+    bucket: tuple[int, int]
+    seed: int  # of the noise: that of the data, so that all runs are asked the same
+
+    def batches(self, size: int) -> list[range]:
+        """Their numbers among the source's held-out rows, in parts of at most `size`."""
+        last = self.first + len(self.rows)
+        return [range(i, min(i + size, last)) for i in range(self.first, last, size)]
+
+    def row(self, numbers: Sequence[int]) -> np.ndarray:
+        return self.rows[np.asarray(numbers) - self.first]
+
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        return self.source.captions(self.row(numbers))
+
+    def t_index(self, numbers: Sequence[int]) -> Tensor:
+        """Which of the eight times each row is asked at."""
+        return self.source.t_index(self.row(numbers), numbers)
+
+    def shown(self, most: int) -> list[int]:
+        """Numbers of rows to draw pictures of: different captions first."""
+        numbers, first = list(range(self.first, self.first + min(len(self.rows), 4 * most))), {}
+        for number, caption in zip(numbers, self.captions(numbers), strict=True):
+            first.setdefault(caption, number)
+        return [*first.values(), *(n for n in numbers if n not in first.values())][:most]
+
+
+class Source:
+    """One name of --data. begin() sets streams and held, lists of the above."""
+
+    name = id = ""  # id tells one set of rows from another
+    facts: ClassVar[dict] = {}  # settings that are settled
+    defaults: ClassVar[dict] = {}  # settings that it would choose
+    K = 0  # points of the path besides the data
+    dropout = 0.1  # share of captions that are dropped: the unconditional velocity, for guidance
+    channels, words, world = 3, (), None
+    format: TextFormat | None = None  # where text features are stored, and
+    null: Ragged | None = None  # those of the empty caption
+    ranges: tuple[Range, ...] = ()
+    number, text, image = 0, None, None  # place in --data; encoders: set by Rows
+
+    def begin(self, settings: "DataOptions", device):
+        raise NotImplementedError
+
+    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
+        """What is stored of these rows. Of several captions their positions in the run choose one;
+        None: the first."""
+        raise NotImplementedError
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        raise NotImplementedError
+
+    def t_index(self, rows: np.ndarray, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers) % TIMES
+
+    def whole(self, rows: int, held: np.ndarray, bucket: tuple[int, int], seed: int):
+        """streams and held of a source with one size."""
+        self.streams = [Stream(self, Order(rows, seed), bucket)]
+        self.held = [Held(self, held, 0, bucket, seed)]
+
+    def prepare(self, captions: list[str]) -> Text:
+        """In a worker a heavy encoder is absent: then captions travel as they are."""
+        return captions if self.text is None else self.text.prepare(captions)
+
+    def __getstate__(self) -> dict:
+        """For the loader's workers: without heavy encoders, and without open files."""
+        light = self.text if getattr(self.text, "in_workers", False) else None
+        return self.__dict__ | {"text": light, "image": None, "tables": {}}
+
+
+class Digits(Source):
+    """A data set of digits.py, as bytes on the device. CIFAR's pictures are there twice, the second
+    time mirrored; digits and glyphs would become other signs."""
+
+    def __init__(self, name: str, data_dir: Path, seed: int):
+        training, held = digits.load_images(name, data_dir, seed=seed)
+        self.count, self.channels = len(training.labels), training.images.shape[1]
+        self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
+        self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
+        self.name, self.words = training.source, tuple(training.classes)
+        self.id = digits.fingerprint(training)
+        size = self.images.shape[2]
+        self.facts = {"size": size, "text_encoder": "words", "text_tokens": 1, "vae": "pixels"}
+
+    def begin(self, settings: "DataOptions", device):
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.training = self.count * (2 if self.name == "cifar10" else 1)
+        held = np.arange(self.training, self.training + len(self.images) - self.count)
+        self.whole(self.training, held, tuple(self.images.shape[2:]), settings.seed)
+
+    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+        index = torch.where(rows < self.count, rows, rows - self.training + self.count)
+        if self.training == self.count:
+            return self.images[index], self.labels[index]
+        mirrored = (rows >= self.count) & (rows < self.training)
+        index = torch.where(mirrored, rows - self.count, index)
+        images = self.images[index]
+        mirrored = mirrored[:, None, None, None]
+        return torch.where(mirrored, images.flip(3), images), self.labels[index]
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [self.words[label] for label in self.read(rows)[1].tolist()]
+
+
+class DrawnShapes(Source):
+    """The world of shapes.py, drawn when asked for. Row i ≥ 0 is of training, −1 − i held out."""
+
+    name = "shapes"
+
+    def begin(self, settings: "DataOptions", device):
+        self.world = World(settings.size, settings.shapes, settings.colors, settings.places)
+        self.shapes = [Shapes(self.world, settings.seed, held=held) for held in (False, True)]
+        if settings.size % self.image.factor:
+            raise ValueError(
+                f"--size {settings.size} must be a multiple of {self.image.factor}, the VAE's"
+                " factor"
+            )
+        count, side = len(self.shapes[0]), settings.size // self.image.factor
+        held = -1 - Order(count, settings.seed)(range(SHAPES_HELD))
+        self.whole(count, held, (side, side), settings.seed)
+
+    def _drawn(self, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
+        return [self.shapes[r < 0][r if r >= 0 else -1 - r] for r in rows.tolist()]
+
+    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
+        pictures, captions = zip(*self._drawn(rows), strict=True)
+        return torch.from_numpy(np.stack(pictures)), self.prepare(list(captions))
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [caption for _, caption in self._drawn(rows)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Prepared folders
+# ------------------------------------------------------------------------------------------------
+
+
+def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
+    """A folder's manifest.json or pairs.json, checked, and eight digits that identify it."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+        header = json.loads(content)
+        if header.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {header.get('schema')}, this program reads {SCHEMA}: make it"
+                " again"
+            )
+        _ = [header[key] for key in keys]
+        return header, f"{zlib.crc32(content):08x}"
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not what our tools write ({error}): make it again") from error
+
+
+class PreparedFolder(Source):
+    """A folder of tools.prepare, or its URL (hf://, s3://, https:// …, then with a stage).
+
+    The rows are numbered as the manifest lists them.
+    """
+
+    KEYS = ("text_format", "null_text", "image", "captions", "ranges", "chunks", "noise_seed")
+
+    def __init__(self, location: str, stage: Path | None):
+        self.name, self.location, self.stage = location, location.rstrip("/"), stage
+        self.manifest, self.id = read_header(f"{self.location}/manifest.json", self.KEYS)
+        if "://" in self.location and stage is None:
+            raise ValueError(f"--data {location} is far away: give --stage, a folder on this disk")
+        self.format = TextFormat(**self.manifest["text_format"])
+        self.null_blob = base64.b64decode(self.manifest["null_text"])
+        self.null = self.format.join([self.null_blob])
+        self.stored, self.tables = self.manifest["image"], {}
+        self.ranges = tuple(Range(**r) for r in self.manifest["ranges"])
+        self.firsts = np.array([0, *accumulate(r.rows for r in self.ranges)])
+        self.weights = np.array([c["weight"] for c in self.manifest["captions"]], float)
+        self.facts = {k: self.manifest[k] for k in ("size", "text_encoder", "text_tokens", "vae")}
+
+    def begin(self, settings: "DataOptions", device):
+        groups: dict[tuple, list[tuple[int, Range]]] = {}
+        for first, r in zip(self.firsts.tolist(), self.ranges, strict=False):
+            groups.setdefault((r.split, r.height, r.width), []).append((first, r))
+        self.streams, self.held, held, self.seed = [], [], 0, settings.seed
+        for (split, *size), ranges in sorted(groups.items()):
+            bucket = self.sides(*size)
+            if split == "train":
+                names = (f"folder {self.number}", f"stream {self.number} {size[0]}x{size[1]}")
+                seeds = tuple(rf.mix_seed(settings.seed, name, 0) for name in names)
+                order = WindowOrder(ranges, settings.window, seeds)
+                self.streams.append(Stream(self, order, bucket))
+            else:
+                rows = np.concatenate([np.arange(first, first + r.rows) for first, r in ranges])
+                self.held.append(Held(self, rows, held, bucket, self.manifest["noise_seed"]))
+                held += len(rows)
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """What the network sees of a picture of so many pixels."""
+        return height // self.stored["factor"], width // self.stored["factor"]
+
+    def path(self, chunk: int) -> Path:
+        """Where to read a chunk: as it was prepared, or where the stage puts it."""
+        home = Path(self.location) if self.stage is None else self.stage / self.id
+        return home / self.manifest["chunks"][chunk]["file"]
+
+    def fetch(self, chunk: int, target: Path):
+        """Copy a chunk, checked. OSError if it arrives broken again and again."""
+        import fsspec
+
+        entry = self.manifest["chunks"][chunk]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for tries_left in reversed(range(COPY_TRIES)):
+            try:
+                with fsspec.open(f"{self.location}/{entry['file']}", "rb") as file:
+                    content = file.read()
+            except OSError:
+                if not tries_left:
+                    raise
+                time.sleep(1)  # a network's hiccup, perhaps
+                continue
+            size, crc = len(content), zlib.crc32(content)
+            if (size, crc) == (entry["bytes"], entry["crc32"]):
+                write_whole(target, content)
+                return
+        raise OSError(
+            f"{self.location}/{entry['file']} arrives with {size} bytes and CRC {crc:08x}, must"
+            f" have {entry['bytes']} and {entry['crc32']:08x}: prepare it again"
+        )
+
+    def table(self, chunk: int):
+        """A chunk's Arrow table, mapped into memory and opened once."""
+        import pyarrow as pa
+
+        if chunk not in self.tables:
+            path = self.path(chunk)
+            if self.stage is not None:
+                wait_for(path, self.stage / FAILED)
+                self.tables = {c: t for c, t in self.tables.items() if self.path(c).exists()}
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+            self.tables[chunk] = {name: table.column(name).chunk(0) for name in table.column_names}
+        return self.tables[chunk]
+
+    def cell(self, row: int, column: str):
+        k = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return self.table(self.ranges[k].chunk)[column][self.ranges[k].first + row - self.firsts[k]]
+
+    def picture(self, row: int) -> Tensor:
+        """What is stored of an image: uint8 (3, H, W), or fp16 (2 or 1, C, h, w)."""
+        r = self.ranges[int(np.searchsorted(self.firsts, row, side="right")) - 1]
+        pixels, latent = (3, r.height, r.width), self.sides(r.height, r.width)
+        stored, dtype = (-1, self.stored["channels"], *latent), np.float16
+        if self.stored["kind"] == "pixels":
+            stored, dtype = pixels, np.uint8
+        values = np.frombuffer(self.cell(row, "image").as_buffer(), dtype)
+        return torch.from_numpy(values.reshape(stored).copy())
+
+    def features(self, row: int, u: float):
+        """The packed text of one of the captions that are not empty; u in [0, 1) picks it."""
+        captions, blobs = self.cell(row, "captions").as_py(), self.cell(row, "text").values
+        present = [i for i, caption in enumerate(captions) if caption]
+        if not present:
+            return self.null_blob
+        steps = np.cumsum(self.weights[present])
+        i = present[int(np.searchsorted(steps, u * steps[-1], side="right"))]
+        return blobs[i].as_buffer()
+
+    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Ragged]:
+        us = [0.0] * len(rows)
+        if positions is not None and len(self.weights) > 1:
+            us = rf.uniform_at(self.seed, "caption", positions)
+        features = [self.features(row, u) for row, u in zip(rows, us, strict=True)]
+        return torch.stack([self.picture(row) for row in rows]), self.format.join(features)
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        every = (self.cell(row, "captions").as_py() for row in rows)
+        return [next((c for c in captions if c), "") for captions in every]
+
+    def t_index(self, rows: np.ndarray, numbers) -> Tensor:
+        return torch.tensor([self.cell(row, "t_index").as_py() for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pairs
+# ------------------------------------------------------------------------------------------------
+
+
+class PairsFolder(Source):
+    """A folder of tools.pairs: states of paths from noise to data, made by a model.
+
+    Guidance is in the pairs already, so no caption is dropped. The last rows are held out.
+    """
+
+    KEYS = ("facts", "settings", "number", "chunk", "segments", "shape")
+    dropout = 0.0
+
+    def __init__(self, folder: str):
+        self.name, self.folder = folder, Path(folder)
+        self.about, self.id = read_header(str(self.folder / "pairs.json"), self.KEYS)
+        number, chunk = self.about["number"], self.about["chunk"]
+        self.files = [self.folder / f"{i:05d}.safetensors" for i in range(-(-number // chunk))]
+        missing = sum(not file.exists() for file in self.files)
+        if missing:
+            raise ValueError(
+                f"--data {folder} is not finished, {missing} of {len(self.files)} chunks are"
+                " missing: run its tools.pairs command again"
+            )
+        run = self.about["facts"]
+        self.K, self.channels = self.about["segments"], run["channels"]
+        self.words, self.tables = tuple(run["words"]), {}
+        keys = ("size", "text_encoder", "text_tokens", "vae", "shapes", "colors", "places")
+        self.facts = {key: run[key] for key in keys} | {"shift": self.about["settings"]["shift"]}
+        # RF++ (2405.20320) trains reflow at both ends of time; guidance is in the pairs.
+        self.defaults = {k: run[k] for k in ("preset", "residual", "patch_size")}
+        self.defaults |= {"time": "u_shaped", "cfg": 1.0}
+        if run["shapes"]:
+            self.world = World(*(run[key] for key in World._fields))
+
+    def begin(self, settings: "DataOptions", device):
+        number = self.about["number"]
+        training = number - min(PAIRS_HELD, number // 10)
+        bucket = tuple(self.about["shape"][1:])
+        self.whole(training, np.arange(training, number), bucket, settings.seed)
+
+    def chunk(self, i: int) -> tuple[Tensor, list[str]]:
+        """states (N, K + 1, C, h, w) fp16, mapped into memory, and captions."""
+        if i not in self.tables:
+            try:
+                file = safe_open(self.files[i], "pt")
+                captions = json.loads(file.metadata()["captions"])
+                self.tables[i] = file.get_tensor("states"), captions
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.files[i]} is broken: delete it, and run tools.pairs again"
+                ) from error
+        return self.tables[i]
+
+    def _read(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:
+        size, found = self.about["chunk"], []
+        for chunk, place in (divmod(row, size) for row in rows.tolist()):
+            states, captions = self.chunk(chunk)
+            found.append((states[place], captions[place]))
+        return found
+
+    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
+        states, captions = zip(*self._read(rows), strict=True)
+        return torch.stack(states), self.prepare(list(captions))
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [caption for _, caption in self._read(rows)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows: all of --data
+# ------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the loader's workers make; Rows.encode turns it into what the flow takes."""
+
+    stored: Tensor  # uint8 (B, C, H, W), or fp16: latents (B, 2 or 1, C, h, w), states (B, K+1, …)
+    text: Text
+    dropped: Tensor | None  # (B,) bool: whose caption is left out
+    u: Tensor  # (B,) fp32 in [0, 1): where on the path to train
+    noise: Tensor  # (B, C, h, w) fp32
+    vae_noise: Tensor | None  # (B, C, h, w) fp32 for a VAE
+
+
+def open_source(name: str, data_dir: Path, seed: int, stage: Path | None) -> Source:
+    if name == "shapes":
+        return DrawnShapes()
+    if name in digits.SOURCES:
+        return Digits(name, data_dir, seed)
+    if (Path(name) / "pairs.json").is_file():
+        return PairsFolder(name)
+    try:
+        return PreparedFolder(name, stage)
+    except (OSError, ImportError) as error:  # an unknown protocol, or its package is missing
+        raise ValueError(
+            f"--data {name} is none of shapes, {', '.join(digits.SOURCES)}, and holds no"
+            f" manifest.json ({error}): python -m tools.prepare SOURCE --out {name}"
+        ) from error
+
+
+def open_rows(
+    names: Sequence[str],
+    weights: Sequence[float] = (),
+    *,
+    data_dir: str | Path = "data",
+    seed: int = 0,
+    stage: Path | None = None,
+) -> "Rows":
+    """The rows of --data: their headers are read, no picture is. ValueError if they do not fit."""
+    sources = [open_source(name, Path(data_dir), seed, stage) for name in names]
+    first = sources[0]
+    for name, other in zip(names[1:], sources[1:], strict=True):
+        for what in ("K", "facts", "words", "channels", "format"):
+            ours, its = getattr(first, what), getattr(other, what)
+            if ours != its:
+                raise ValueError(
+                    f"--data {name} and {names[0]} cannot be mixed: {what} {its} and {ours}"
+                )
+    return Rows(sources, weights)
+
+
+class Rows:
+    """The streams of all sources, interleaved by step.
+
+    A stream takes a share of all steps, by its rows and its source's weight. One lap of about LAP
+    steps is planned: batch j of a stream that has n in a lap stands at (j + ½) / n of it, and the
+    steps are the batches of all streams in that order. Every lap is the same plan with the next
+    batches. So every stream keeps its share at any moment, each row comes once in its stream's
+    epoch, and which stream a step reads depends on the step alone, not on ranks.
+    """
+
+    LAP = 2**16
+
+    def __init__(self, sources: list[Source], weights: Sequence[float] = ()):
+        self.sources, self.weights = sources, list(weights) or [1.0] * len(sources)
+        first = sources[0]
+        self.facts, self.defaults, self.K = first.facts, first.defaults, first.K
+        self.dropout, self.words, self.channels = first.dropout, first.words, first.channels
+        self.names = [source.name for source in sources]
+        self.id = " ".join(source.id for source in sources)
+
+    def __getstate__(self) -> dict:
+        """For the loader's workers: without encoders that belong on the device."""
+        return self.__dict__ | {"text": None, "image": None, "null_text": None}
+
+    def step_defaults(self, settings: dict) -> dict:
+        """Pieces of a path are learned for as many solver steps."""
+        segments = settings.get("segments", 1)
+        pieces = self.K and (segments > 1 or settings.get("time") == "start")
+        return {"sample_steps": segments} if pieces else {}
+
+    def begin(self, settings: DataOptions, device="cpu") -> "Rows":
+        """Encoders, orders and held-out rows, once the settings are known."""
+        first, self.batch_size = self.sources[0], settings.batch_size
+        pieces = settings.segments
+        if self.K % pieces or pieces > max(1, self.K):
+            raise ValueError(f"--segments {pieces} must divide the {self.K} of --data")
+        if settings.anneal and (self.K == 0 or pieces > 1):
+            raise ValueError(
+                f"--anneal {settings.anneal:g} is for pairs (tools.pairs) with --segments 1"
+            )
+        self.image = image_encoder(settings.vae, device, self.channels)
+        self.latent_channels, self.factor = self.image.channels, self.image.factor
+        self.random = self.image.random and not self.K
+        self.text, self.null, self.null_text = first.format, first.null, None
+        if self.text is None:
+            tokens = settings.text_tokens
+            self.text = text_encoder(settings.text_encoder, tokens, device, self.words)
+            self.null = self.text.prepare([""])
+        self.streams, self.held, shares = [], [], []
+        for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
+            source.number, source.text, source.image = number, self.text, self.image
+            source.begin(settings, device)
+            self.streams += source.streams
+            self.held += [held for held in source.held if len(held.rows)]
+            rows = [stream.order.rows for stream in source.streams]
+            shares += [weight * n / sum(rows) for n in rows]
+        self.plan(shares)
+        self.epoch = sum(stream.order.rows for stream in self.streams)
+        self.world = first.world
+        return self
+
+    def sides(self) -> dict[tuple[int, int], float]:
+        """(h, w) that the network sees → share of the samples; 0 for what only held rows have."""
+        found = Counter({held.bucket: 0.0 for held in self.held})
+        for stream, share in zip(self.streams, self.shares, strict=True):
+            found[stream.bucket] += share
+        return dict(found)
+
+    # --- which stream a step reads ---
+
+    def plan(self, shares: list[float]):
+        counts = [max(1, round(share / sum(shares) * self.LAP)) for share in shares]
+        self.counts = np.array(counts if len(counts) > 1 else [1])
+        self.shares = self.counts / self.counts.sum()
+        stands = np.concatenate([(np.arange(n) + 0.5) / n for n in self.counts])
+        order = np.argsort(stands, kind="stable")
+        self.stream_of = np.repeat(range(len(self.counts)), self.counts)[order]
+        self.steps_of = [np.flatnonzero(self.stream_of == s) for s in range(len(self.counts))]
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """(stream, its batch) of a step."""
+        s = int(self.stream_of[step % len(self.stream_of)])
+        return s, self.batches_before(s, step)
+
+    def batches_before(self, stream: int, step: int) -> int:
+        lap, step = divmod(step, len(self.stream_of))
+        inside = np.searchsorted(self.steps_of[stream], step)
+        return lap * int(self.counts[stream]) + int(inside)
+
+    def step_of(self, stream: int, j: int) -> int:
+        """The step that reads batch j of a stream."""
+        lap, j = divmod(j, int(self.counts[stream]))
+        return lap * len(self.stream_of) + int(self.steps_of[stream][j])
+
+    # --- samples ---
+
+    def at(self, positions: Sequence[int]) -> tuple[Tensor, Text]:
+        """What stands at these positions, all of one step: as it is stored, and its text."""
+        step, B = positions[0] // self.batch_size, self.batch_size
+        s, j = self.turn(step)
+        source, order, _ = self.streams[s]
+        return source.read(order([(j - step) * B + p for p in positions]), positions)
+
+    def draw(self, positions: Sequence[int], seed: int, held: Held | None = None) -> Batch:
+        """Samples, each from (seed, position) alone. held: held-out rows, by their numbers.
+
+        A sample draws, in this order: whether its caption is dropped, its noise, its VAE's noise.
+        """
+        generators = rf.generators(seed, "sample", positions)
+        dropout = 0.0 if held else self.dropout
+        dropped = [torch.rand((), generator=g).item() < dropout for g in generators]
+        stored, text = held.source.read(held.row(positions)) if held else self.at(positions)
+        shape = self.shape(stored)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        vae_noise = None
+        if self.random:
+            vae_noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        u = rf.spread_at(seed, positions)
+        return Batch(stored, text, torch.tensor(dropped), u, noise, vae_noise)
+
+    def shape(self, stored: Tensor) -> tuple[int, int, int]:
+        """(C, h, w) of what the network sees of stored images."""
+        if stored.ndim == 5:
+            return tuple(stored.shape[2:])
+        return self.latent_channels, *(side // self.factor for side in stored.shape[2:])
+
+    def encode(self, batch: Batch, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """→ states (B, K + 1, C, h, w), text (B, T, E), u (B,), noise (B, C, h, w): fp32, there."""
+        stored, dropped, u, noise, vae_noise = (
+            x if x is None else x.to(device, non_blocking=True)
+            for x in (batch.stored, batch.dropped, batch.u, batch.noise, batch.vae_noise)
+        )
+        return self.states(stored, vae_noise), self.features(batch.text, device, dropped), u, noise
+
+    def states(self, stored: Tensor, vae_noise: Tensor | None = None) -> Tensor:
+        """What is stored, on the device → (B, K + 1, C, h, w) fp32."""
+        return stored.float() if self.K else self.image.encode(stored, vae_noise)[:, None]
+
+    def features(self, text: Text, device, dropped: Tensor | None = None) -> Tensor:
+        """→ (B, T, E) fp32 on the device; a dropped caption becomes the null text."""
+        features = self.text.expand(text, device)
+        if dropped is None:
+            return features
+        return torch.where(dropped[:, None, None], self.null_features(device), features)
+
+    def null_features(self, device) -> Tensor:
+        """The encoded empty caption, (1, T, E) fp32 on the device."""
+        if self.null_text is None:
+            self.null_text = self.text.expand(self.null, device)
+        return self.null_text
+
+    def shown_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures that an evaluation draws."""
+        return self.latent_channels, *(self.shown_held() or self.streams[0]).bucket
+
+    def shown_held(self) -> Held | None:
+        """The held-out rows of the most frequent size."""
+        return max(self.held, key=lambda held: len(held.rows), default=None)
+
+    # --- chunks, ahead of their use ---
+
+    def uses(self, seen: int) -> Iterator["Use"]:
+        """The chunks in the order in which a run at `seen` samples will need them, endless."""
+
+        def of_stream(s: int, j: int) -> Iterator[Use]:
+            stream, B = self.streams[s], self.batch_size
+            for first, last, chunks in stream.order.uses(j * B):
+                begin = self.step_of(s, first // B) * B
+                end = (self.step_of(s, (last - 1) // B) + 1) * B
+                for chunk in sorted(chunks):
+                    yield Use(stream.source, chunk, begin, end)
+
+        step = seen // self.batch_size
+        each = (of_stream(s, self.batches_before(s, step)) for s in range(len(self.streams)))
+        return merge(*each, key=lambda use: use.first)
+
+
+# ------------------------------------------------------------------------------------------------
+# The copier: chunks on fast local storage, ahead of their use
+# ------------------------------------------------------------------------------------------------
+
+FAILED = "failed"  # a file in the stage: what went wrong
+POLL = 0.02  # seconds between looks at whether it is time, or whether a file is there
+COPY_TRIES = 3  # a copy that arrives broken is made again so often
+
+
+class Use(NamedTuple):
+    """A chunk is needed by the samples `first` … `last` − 1 of the run."""
+
+    folder: PreparedFolder
+    chunk: int
+    first: int
+    last: int
+
+    @property
+    def file(self) -> tuple[Path, int]:
+        """Where the copy lies, and its bytes."""
+        return self.folder.path(self.chunk), self.folder.manifest["chunks"][self.chunk]["bytes"]
+
+
+class Copier(threading.Thread):
+    """Copies chunks into the stage in the order of their use, never more than `limit` bytes, and
+    drops them when the run has passed them. One on each node; ranks only wait for files.
+
+    Chunks with held-out rows come first and stay. What an earlier run left in the folder goes.
+    Raises ValueError if the limit is less than what is in use at one time.
+    """
+
+    def __init__(self, rows: Rows, limit: float):
+        super().__init__(daemon=True)
+        self.rows, self.limit, self.seen, self.closed = rows, limit, 0, False
+        self.staged: dict[Path, tuple[int, float]] = {}  # file → bytes, end of its use
+        self.stage = rows.sources[0].stage
+        held = {(s, r.chunk) for s in rows.sources for r in s.ranges if r.split != "train"}
+        self.kept = [Use(folder, chunk, 0, 2**62) for folder, chunk in held]
+        least = self.least()
+        if limit < least:
+            raise ValueError(
+                f"--stage-limit {limit / 1e9:g} GB must be at least {ceil(least / 1e3) / 1e6:g} GB"
+                " for the chunks in use at one time: raise it, or lower --window"
+            )
+        self.stage.mkdir(parents=True, exist_ok=True)
+        for file in (*self.stage.rglob("*.arrow"), *self.stage.rglob(".*"), self.stage / FAILED):
+            file.unlink(missing_ok=True)
+        for use in self.kept:
+            self._stage(use)
+
+    def least(self) -> int:
+        """The most bytes that are in use at one time in an epoch."""
+        active: dict[Path, tuple[int, float]] = {}
+        peak = 0
+        ahead = takewhile(lambda use: use.first < self.rows.epoch, self.rows.uses(0))
+        for use in (*self.kept, *ahead):
+            active = {file: of for file, of in active.items() if of[1] > use.first}
+            file, size = use.file
+            active[file] = size, max(use.last, active.get(file, (0, 0))[1])
+            peak = max(peak, sum(size for size, _ in active.values()))
+        return peak
+
+    def begin(self, seen: int):
+        """Start: after the loader's workers, which must not inherit a thread."""
+        self.seen = seen
+        self.start()
+
+    def passed(self, seen: int):
+        """The run has finished the samples before `seen`."""
+        self.seen = seen
+
+    def close(self):
+        """Stop, and let no reader wait any longer."""
+        self.closed = True
+        if self.is_alive():
+            self.join()
+        self._tell("the run has ended")
+
+    def _tell(self, reason: str):
+        with suppress(OSError):
+            write_whole(self.stage / FAILED, reason.encode())
+        with suppress(OSError):  # on a full disk, say: an empty file is heard too
+            (self.stage / FAILED).touch()
+
+    def run(self):
+        try:
+            for use in self.rows.uses(self.seen):
+                while not self._room(use):
+                    if self.closed:
+                        return
+                    time.sleep(POLL)
+                self._stage(use)
+        except Exception as error:  # of a dozen file systems: the ranks that wait must hear of it
+            self._tell(f"staging failed: {error}")
+
+    def _stage(self, use: Use):
+        file, size = use.file
+        if file not in self.staged:
+            use.folder.fetch(use.chunk, file)
+        _, last = self.staged.get(file, (0, 0))
+        self.staged[file] = size, max(last, use.last)
+
+    def _room(self, use: Use) -> bool:
+        """Whether it is time, and there is room when all that is passed is dropped."""
+        target, size = use.file
+        for file in [f for f, (_, last) in self.staged.items() if last <= self.seen]:
+            if file != target:
+                file.unlink()
+                del self.staged[file]
+        used = sum(size for size, _ in self.staged.values())
+        fits = target in self.staged or used + size <= self.limit
+        return fits and use.first <= self.seen + self.rows.epoch
+
+
+def wait_for(path: Path, failed: Path):
+    """Until the copier has brought the file. OSError if it says that it cannot, or the run died."""
+    parent = os.getppid()
+    while not path.exists():
+        if failed.exists():
+            raise OSError(failed.read_text() or "staging failed")
+        if os.getppid() != parent:
+            raise OSError("the run has died")
+        time.sleep(POLL)

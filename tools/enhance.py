@@ -1,0 +1,90 @@
+"""ENHANCE: prompts → prompts. A local instruction model writes each one out in detail.
+
+    python -m tools.enhance --model Qwen/Qwen2.5-7B-Instruct prompts.txt --out enhanced.txt
+
+Networks like the long captions that they were trained on, so AuraFlow's release rewrites prompts
+with a language model before it draws (GenEval 0.64 → 0.70). The file has a prompt on each line, and
+so has the result, in the same order. Or it is GenEval's .jsonl: then each row keeps its keys,
+"prompt" is rewritten and "original" is what it was (tools/geneval.py reads both).
+
+Decoding is greedy, so a prompt is always rewritten alike.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.settings import Options, option, parse
+from common.start import choose_device, program, write_whole
+from inputs.encoders import pretrained
+
+ASK = (
+    "Rewrite this prompt for an image generator as one detailed sentence. Keep every object,"
+    " number, colour and position it names. Answer with the sentence alone.\n\n"
+)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows with a "prompt": each line of a text file, or of a .jsonl, with its other keys.
+
+    Raises FileNotFoundError or ValueError: the file, the line, the rule.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
+            if str.strip(row["prompt"]):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no JSON object with a prompt") from error
+    if not rows:
+        raise ValueError(f"{path} has no prompt: write one on each line")
+    return rows
+
+
+def enhance(prompts: list[str], name: str, device) -> list[str]:
+    """The prompts, rewritten by the instruction model `name`; one that it leaves empty stays."""
+    model, tokenizer = pretrained(name, device, "--model", "AutoModelForCausalLM", "AutoTokenizer")
+    from transformers import pipeline
+
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = model.bfloat16() if device.type == "cuda" else model
+    asked = (ASK + prompt for prompt in prompts)
+    if tokenizer.chat_template:
+        asked = ([{"role": "user", "content": text}] for text in asked)
+    # pads on the left, so that every answer begins where its row ends
+    write = pipeline("text-generation", model, tokenizer=tokenizer, device=device)
+    answers = write(
+        asked, batch_size=16, max_new_tokens=128, do_sample=False, return_full_text=False
+    )
+    return [
+        " ".join(answer["generated_text"].split()) or prompt
+        for prompt, (answer,) in zip(tqdm(prompts), answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    prompts: Path = option(
+        None, "a text file with a prompt on each line, or GenEval's .jsonl", positional=True
+    )
+    model: str = option(None, "name or folder of an instruction model of transformers")
+    out: Path = option(None, "file to write, of the same kind")
+
+
+@program("tools.enhance")
+def main(argv=None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    rows = read_rows(args.prompts)
+    lines = enhance([row["prompt"] for row in rows], args.model, choose_device())
+    if args.prompts.suffix == ".jsonl":
+        pairs = zip(rows, lines, strict=True)
+        lines = [json.dumps({"original": row["prompt"], **row, "prompt": x}) for row, x in pairs]
+    write_whole(args.out, "\n".join([*lines, ""]).encode())
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""GENEVAL: pictures of its prompts, in the folders that its evaluator reads.
+
+    python -m tools.geneval runs/my evaluation_metadata.jsonl --out out/geneval
+    python -m tools.geneval fal/AuraFlow-v0.3 evaluation_metadata.jsonl --auraflow
+
+    out/geneval/00000/metadata.jsonl      the prompt's row, as it was
+    out/geneval/00000/samples/0000.png …  --images pictures of it
+    out/geneval/00000/enhanced.txt        what was drawn instead, if tools/enhance.py rewrote it
+
+GenEval (Ghosh et al. 2023, 2310.11513) has prompts of six kinds; the score is the mean of the six
+accuracies. A picture's noise depends on (seed, its number) alone. A second call goes on where the
+first one stopped, and is refused if it asks for anything else.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.pipeline import Pipeline, Sampling
+from common.settings import option, parse
+from common.start import program, write_whole
+from tools.enhance import read_rows
+
+
+def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
+    """Draw each row's "prompt" into args.out. ValueError if that was begun with other settings."""
+    from torchvision.transforms.functional import to_pil_image
+
+    settings = {
+        **pipeline.how(**args.how()),
+        "seed": args.seed,
+        "size": list(pipeline.latent(args.size)),
+        "images": args.images,
+        "model": pipeline.origin,
+        "rows": zlib.crc32(json.dumps(rows).encode()),
+    }
+    out, begun = args.out, args.out / "settings.json"
+    if begun.exists() and json.loads(begun.read_text()) != settings:
+        raise ValueError(f"--out {out} was begun with {begun.read_text()}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(begun, json.dumps(settings).encode())
+    missing = []  # file, caption, number of the picture
+    for k, row in enumerate(map(dict, rows)):
+        folder, prompt = out / f"{k:05d}", row["prompt"]
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        if "original" in row:  # the evaluator knows only this one
+            row["prompt"] = row.pop("original")
+            write_whole(folder / "enhanced.txt", prompt.encode())
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode())
+        for i in range(args.images):
+            file = folder / "samples" / f"{i:04d}.png"
+            if not file.exists():
+                missing.append((file, prompt, k * args.images + i))
+    batch = args.batch or (8 if args.auraflow else 128)  # of a bar, and at most at a time
+    for first in tqdm(range(0, len(missing), batch), unit="batch"):
+        files, captions, numbers = zip(*missing[first : first + batch], strict=True)
+        noise = pipeline.noise(args.seed, numbers, args.size)
+        pictures = pipeline.draw(captions, noise, **args.how())
+        for file, picture in zip(files, pictures, strict=True):
+            png = BytesIO()
+            to_pil_image(picture).save(png, "PNG")
+            write_whole(file, png.getvalue())
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    metadata: Path = option(
+        None, "evaluation_metadata.jsonl, or from tools.enhance", positional=True
+    )
+    out: Path = option(Path("out/geneval"), "folder of the pictures", group="geneval")
+    images: int = option(4, "pictures of each prompt", least=1)
+    size: str | None = option(None, "pixels a side, or HEIGHTxWIDTH (the run's)")
+
+
+@program("tools.geneval")
+def main(argv=None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    rows = read_rows(args.metadata)
+    geneval(args.open(), rows, args)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""PAIRS: Pipeline → Rows. Noise, and what a model makes of it: for the next, straighter flow.
+
+    python -m tools.pairs runs/mnist --out data/mnist-pairs
+    python train_mnist.py --data data/mnist-pairs --init runs/mnist --out runs/mnist2
+    python -m tools.pairs runs/shapes --out data/shapes-pairs --segments 4
+    deepspeed train_t2i.py --data data/shapes-pairs --init runs/shapes --out runs/shapes4
+
+A folder holds pairs.json, how they were made, and chunks 00000.safetensors, …; chunk i is a
+function of (seed, i) alone and appears whole or not at all. So a killed command goes on where it
+was, and what comes out is the same to the byte (on the same kind of device).
+
+Shapes: K segments; states (B, K + 1, C, h, w) from the noise to the data, see rf.reflow_states.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+import rf
+from common.pipeline import Pipeline, Sampling
+from common.settings import option, parse
+from common.start import program, write_whole
+from inputs.rows import SCHEMA
+from inputs.shapes import TAGS, World, draw_caption
+
+WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
+
+
+def captions_of(pipeline: Pipeline, lines: list[str], n: int, seed: int) -> list[str]:
+    """n captions by a seed: lines of the file, words of the model, or of its world of shapes."""
+    rng, facts = np.random.default_rng(seed), pipeline.facts
+    known = lines or facts["words"]
+    if known:
+        return [known[i] for i in rng.integers(len(known), size=n)]
+    if not facts["shapes"]:
+        raise ValueError(f"{pipeline.origin} needs captions: give a file with --prompts")
+    world = World(*(facts[key] for key in World._fields))
+    tags = (*TAGS, "combined")
+    return [draw_caption(rng, tags, held=False, world=world)[1] for _ in range(n)]
+
+
+def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch: int, bar):
+    """Chunk i as a safetensors file; noise and captions come from (seed, i) alone."""
+    settings = about["settings"]
+    rows = min(about["chunk"], about["number"] - i * about["chunk"])
+    noise = torch.randn(
+        rows, *about["shape"], generator=rf.generators(settings["seed"], NOISE, [i])[0]
+    )
+    noise = noise.half()  # as it will be read
+    captions = captions_of(pipeline, lines, rows, rf.mix_seed(settings["seed"], WORDS, i))
+    how = {key: settings[key] for key in ("steps", "solver", "cfg", "shift")}
+    null_text, states = pipeline.features([""]), []
+    for part in torch.arange(rows).split(batch):
+        text = pipeline.features([captions[k] for k in part])
+        x = noise[part].float().to(pipeline.device)
+        path = rf.reflow_states(
+            pipeline.model, x, text, null_text=null_text, segments=about["segments"], **how
+        )
+        states.append(path.half().cpu())
+        bar.update(len(part))
+    return save({"states": torch.cat(states)}, metadata={"captions": json.dumps(captions)})
+
+
+def begin_folder(out: Path, about: dict):
+    """Write pairs.json, or see that what was begun there is the same. ValueError if it is not.
+
+    A greater number adds chunks to those that are there, if they are all full.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "pairs.json"
+    older = json.loads(path.read_text()) if path.exists() else about
+    grown = older.get("number", 0) % older.get("chunk", 1) == 0
+    grown = grown and about["number"] > older.get("number", 0)
+    if about != older | ({"number": about["number"]} if grown else {}):
+        differs = [
+            f"{k} {older.get(k)} there, {v} here" for k, v in about.items() if older.get(k) != v
+        ]
+        raise ValueError(f"--out {out} holds other pairs ({'; '.join(differs)}): choose another")
+    write_whole(path, json.dumps(about, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    out: Path = option(None, "folder of the pairs", group="pairs")
+    number: int = option(30_000, "pairs", least=1)
+    segments: int = option(1, "pieces kept of each path", least=1)
+    steps: int = option(16, "solver steps of a path", least=1)
+    solver: str = option("rf_solver", ", ".join(rf.SOLVERS), choices=rf.SOLVERS)
+    prompts: Path | None = option(None, "captions, one a line, instead of the run's")
+    chunk: int = option(2000, "pairs in a file", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps % self.segments:
+            raise ValueError(
+                f"--steps {self.steps} must be a multiple of --segments {self.segments}"
+            )
+
+
+@program("tools.pairs")
+def main(argv: list[str] | None = None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    lines = []
+    if args.prompts:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {args.prompts} holds no captions: one on each line")
+    pipeline = args.open()
+    facts = pipeline.facts | ({"shapes": 0} if lines else {})  # given captions cannot be scored
+    settings = pipeline.how(**args.how()) | {"seed": args.seed, "origin": pipeline.origin}
+    about = {
+        "schema": SCHEMA,
+        "facts": facts,
+        "settings": settings | {"prompts": zlib.crc32("\n".join(lines).encode())},
+        "number": args.number,
+        "chunk": args.chunk,
+        "segments": args.segments,
+        "shape": list(pipeline.latent()),
+    }
+    captions_of(pipeline, lines, 1, 0)  # before anything is written
+    begin_folder(args.out, json.loads(json.dumps(about)))
+    bar = tqdm(total=args.number, unit="pair", unit_scale=True, desc="pairs")
+    with bar:
+        for i in range(-(-args.number // args.chunk)):
+            file = args.out / f"{i:05d}.safetensors"
+            if file.exists():
+                rows = min(args.chunk, args.number - i * args.chunk)
+                bar.initial += rows  # made before: the speed leaves it out
+                bar.update(rows)
+            else:
+                content = chunk_bytes(pipeline, about, lines, i, args.batch or 128, bar)
+                write_whole(file, content)
+    print(f"{args.out} holds {args.number:,} pairs")
+
+
+if __name__ == "__main__":
+    main()

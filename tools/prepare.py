@@ -1,0 +1,580 @@
+"""PREPARE: captioned images → encoded rows on disk, once, by any number of processes.
+
+    python -m tools.prepare SOURCE --out data/my
+
+    read      a row's image and captions; bad rows are listed and left out
+    fit       crop and scale to the bucket whose shape is nearest (equal area, multiples of a unit)
+    encode    the VAE's mean and log-variance, text features
+    write     a chunk: --chunk-rows places of the shuffled source, sorted by bucket
+    finish    once all chunks are there: manifest.json, which inputs/rows.py reads
+
+    data/my/prepare.json         the options: another attempt, or another part, must have the same
+    data/my/chunks/00000.arrow   the rows of a chunk, in Arrow's stream format
+    data/my/chunks/00000.json    where its buckets begin, and which rows were left out, and why
+    data/my/manifest.json        the encoders and all chunks; written last
+
+Chunk i is a function of (source, options, i), and its files appear whole or not at all. So any
+process can make any chunk, and after a kill only the missing ones are made: with --part 0/8 … 7/8
+eight processes share the work, on one machine or on several that see the same disk.
+
+Captions are never dropped here, since a dropped caption would stay dropped in every epoch: the
+trainer does that. The VAE's mean and log-variance are stored, not a sample of them, for the same
+reason. A process holds about four times the bytes of a chunk in memory.
+"""
+
+import base64
+import io
+import json
+import os
+import zlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
+from math import inf, log, prod
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+import rf
+from common.settings import Options, option, parse
+from common.start import begin, choose_device, program, write_whole
+from inputs.encoders import TextFormat, image_encoder, text_encoder
+from inputs.rows import SCHEMA, TIMES, Range
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")  # if none has the type
+CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")  # looked for if none is named
+EVERY = 10  # at most every tenth row is for validation
+FEW_ROWS = 200  # the limit on bad rows is a share of at least so many
+SIDE = 512  # pixels: dedup and recaption see images no larger than this
+AHEAD = 16  # batches that threads read while one after another is encoded
+
+
+@dataclass(frozen=True)
+class Reading(Options):
+    """Of dedup and recaption too."""
+
+    source: str = option(None, "a folder, file or hub data set", positional=True)
+    out: Path = option(None, "what to write")
+    split: str = option("train", "of a hub data set")
+    streaming: bool = option(False, "read without a copy on disk, in the source's order")
+    batch: int = option(32, "images encoded at a time", least=1)
+    workers: int = option(os.cpu_count(), "threads that decode images", least=1)
+    device: str = option("auto", "auto, cpu, mps or cuda")
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources: numbered rows, with the same numbers in every run, so that --with can name them.
+# `datasets` reads all but .txt captions. No code of a source is run, and no pickle is opened.
+# ------------------------------------------------------------------------------------------------
+
+LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
+INSIDE = ("metadata.jsonl", "metadata.csv", "**/*.parquet", "**/*.tar")  # a folder: the first found
+
+
+class Source(NamedTuple):
+    """A row is a dict of columns. A stream (IterableDataset) has no length; it is read in order."""
+
+    table: object  # list[dict], Dataset or IterableDataset
+    columns: list[str]
+    image: str  # the column of images: paths, bytes, or {"bytes", "path"}
+    folder: Path  # where paths start
+
+    def picture(self, row: dict) -> Image.Image:
+        """A row's image, upright (phones store them sideways), in RGB."""
+        cell = row[self.image]
+        if isinstance(cell, dict):
+            cell = cell["bytes"] or cell["path"]
+        if not cell:
+            raise ValueError("no image")
+        file = io.BytesIO(cell) if isinstance(cell, bytes) else self.folder / cell
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def open_source(args: Reading) -> Source:
+    """What SOURCE means. ValueError in one line if it holds no images.
+
+    A folder of images, of parquet or of webdataset's .tar files; metadata.jsonl, .csv (file_name
+    and captions) or another such file; a name of the hub.
+    """
+    name, columns = args.source, IMAGE_COLUMNS
+    path, options = Path(name), {"path": name, "split": args.split}
+    files = [path] if path.is_file() else [f for p in INSIDE for f in sorted(path.glob(p))]
+    if files:
+        kind = files[0].suffix
+        files = [str(file) for file in files if file.suffix == kind]
+        options = {"path": LOADERS.get(kind, name), "data_files": files, "split": "train"}
+        if kind in (".csv", ".jsonl"):
+            columns = ("file_name", *columns)
+        if kind == ".csv":
+            options["na_filter"] = False  # the caption "None" is a caption
+    elif path.is_dir():
+        return read_folder(path)
+    try:
+        table = datasets.load_dataset(**options, streaming=args.streaming)
+        table = table if table.features else table._resolve_features()
+    except Exception as error:  # of `datasets`, pyarrow, the hub or the file system
+        reason = str(error.__cause__ or error).strip() or "it is empty"
+        raise ValueError(f"SOURCE {name} could not be loaded: {reason.splitlines()[0]}") from error
+    typed = [c for c, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    for column in typed:  # bytes: we decode, and leave out the bad
+        table = table.cast_column(column, datasets.Image(decode=False))
+    image = next((c for c in (*typed, *columns) if c in table.features), "image")
+    return Source(table, list(table.features), image, Path(*files[:1]).parent)
+
+
+def read_folder(folder: Path) -> Source:
+    """Images of any format; "text" is the .txt file beside each, "label" the folder it lies in."""
+    rows = [
+        {"file_name": file, "text": file.with_suffix(".txt"), "label": file.parent.name}
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGES and file.name[0] != "."
+    ]
+    if not rows:
+        raise ValueError(
+            f"SOURCE {folder} holds no images: put images and .txt captions of the same names there"
+        )
+    return Source(rows, list(rows[0]), "file_name", Path())
+
+
+def blocks(table, size: int, seed: int):
+    """Chunk by chunk: (rows by their number, numbers in the order of their places).
+
+    A table is shuffled as a whole: neighbours in a source are alike, and a step should not be. A
+    stream stays in its order, and the trainer shuffles chunks, and the rows of several together.
+    """
+    if hasattr(table, "__len__"):
+        order = np.random.default_rng(rf.mix_seed(seed, "prepare", 0)).permutation(len(table))
+        for first in range(0, len(table), size):
+            yield table, order[first : first + size].tolist()
+    else:
+        rows = enumerate(table)
+        while block := dict(islice(rows, size)):
+            yield block, list(block)
+
+
+def pictures(source: Source, args):
+    """For dedup and recaption: lists of (row number, image), a batch each, without the bad ones."""
+
+    def read(item):
+        with suppress(Exception):
+            image = source.picture(item[1])
+            image.thumbnail((SIDE, SIDE))
+            return item[0], image
+
+    rows = enumerate(tqdm(source.table, unit="row"))
+    with ThreadPoolExecutor(args.workers) as pool:
+        while items := list(islice(rows, AHEAD * args.batch)):
+            images = filter(None, pool.map(read, items))
+            while batch := list(islice(images, args.batch)):
+                yield batch
+
+
+def write_table(path: Path, columns: dict[str, list]):
+    """A file for --with: "row" and further columns."""
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.table(columns), sink)
+    write_whole(path, sink.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------
+# Geometry: images → buckets
+# ------------------------------------------------------------------------------------------------
+
+
+def make_buckets(size: int, unit: int, max_aspect: float) -> list[tuple[int, int]]:
+    """(height, width) of about size² pixels, multiples of `unit`, long ≤ max_aspect · short.
+
+    Equal areas cost the network the same. unit is patch x VAE factor: so each side is a whole
+    number of patches. The buckets come in both orientations, sorted.
+    """
+    found = set()
+    for short in range(unit, size + 1, unit):
+        long = max(round(size * size / short / unit) * unit, short)
+        if long <= max_aspect * short:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+class TooSmall(ValueError):
+    """An image that would have to be enlarged: left out, but not a bad row."""
+
+    kind = "small"
+
+
+class Dropped(ValueError):
+    """A row that a file of --with drops, say as a duplicate."""
+
+    kind = "dropped"
+
+
+def fit(image: Image.Image, buckets: list[tuple[int, int]], max_upscale: float) -> Tensor:
+    """The RGB image cropped and scaled to its bucket, (3, H, W) uint8.
+
+    The bucket is the one whose aspect ratio is nearest, on a logarithmic scale, since twice as wide
+    and twice as high are equally far from square. TooSmall if it would be enlarged too much.
+    """
+    aspect = image.height / image.width
+    height, width = min(buckets, key=lambda b: abs(log(b[0] / b[1] / aspect)))
+    scale = max(height / image.height, width / image.width)
+    if scale > max_upscale:
+        raise TooSmall(f"{image.width}x{image.height} would be enlarged {scale:.2f} times")
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return pil_to_tensor(fitted).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------
+# What a row holds
+# ------------------------------------------------------------------------------------------------
+
+
+def caption(row: dict, column: str, args, label) -> str | None:
+    """What a caption column says; None if it is missing or empty. label: the type of --label."""
+    value = row.get(column)
+    if value is None:  # row["json"]["caption"] for the column "json.caption"
+        value = reduce(lambda inner, key: (inner or {}).get(key), column.split("."), row)
+    if isinstance(value, Path):
+        value = value.read_text(encoding="utf-8") if value.is_file() else None
+    if column == args.label and value is not None:
+        name = label.int2str(value) if isinstance(label, datasets.ClassLabel) else str(value)
+        name = name.replace("_", " ")
+        article = "an" if name[0] in "aeiouAEIOU" else "a"
+        return args.label_template.replace("{a}", f"{article} {name}").replace("{}", name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"caption column {column} holds {value!r}, must be text")
+    return (value or "").strip() or None
+
+
+def latent(raw, args) -> Tensor:
+    """A ready-made latent = raw · scale + offset, as the VAE's mean is; (1, C, h, w) fp32."""
+    raw = np.frombuffer(raw, args.latent_dtype) if isinstance(raw, bytes) else np.array(raw)
+    values = torch.from_numpy(raw.astype(np.float32)).view(1, *args.shape)
+    values = values * args.latent_scale + args.latent_offset
+    if not values.half().isfinite().all():
+        raise ValueError("the latent is not finite in fp16")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------
+# Chunks and the manifest
+# ------------------------------------------------------------------------------------------------
+
+COLUMNS = pa.schema(
+    {
+        "row": pa.int64(),
+        "image": pa.large_binary(),
+        "captions": pa.list_(pa.string()),
+        "text": pa.list_(pa.large_binary()),
+        "t_index": pa.int8(),
+    }
+)
+
+
+def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form) -> list[Path]:
+    """This part's chunks that are missing, or whose bad rows were repaired. → all .json files."""
+    label = getattr(source.table, "features", {}).get(args.label)
+    kind, factor = ("latents", vae.factor) if args.latent else (vae.kind, 1)
+
+    def read(item: tuple[int, int]) -> dict:
+        """(place, number) → a row that is ready to be encoded; or why it is left out."""
+        place, number = item
+        name = f"row {number}"  # for people
+        try:
+            row, more = rows[number], joined[number]
+            name = str(row.get("file_name") or row.get("__key__") or name)
+            if more.get("drop"):
+                raise Dropped("--with says drop")
+            row = row | more
+            said = [caption(row, column, args, label) for column in captions]
+            if not any(said):
+                raise ValueError("no caption")
+            if args.latent:
+                image = latent(row[args.latent], args)
+            else:
+                image = fit(source.picture(row), buckets, args.max_upscale)
+        except Exception as error:  # Pillow raises a dozen kinds for a broken file
+            why, reason = getattr(error, "kind", "bad"), str(error) or type(error).__name__
+            return {"row": number, "name": name, "kind": why, "reason": reason.splitlines()[0]}
+        # By its place, a row is held out or not whatever happens to the others. A held-out row is
+        # asked at one of the eight times, always the same.
+        turn, late = divmod(place, EVERY)
+        held = late == EVERY - 1 and turn < args.validation
+        split, t_index = ("validation", turn % TIMES) if held else ("train", 0)
+        where = (split, *(side * factor for side in image.shape[-2:]))
+        return {"row": number, "image": image, "captions": said, "t_index": t_index, "where": where}
+
+    def encode(batch: list[dict]) -> list[dict]:
+        """Rows of one bucket → what is stored of them."""
+        images = torch.stack([row["image"] for row in batch])
+        if kind == "moments":
+            images = vae.moments(images)
+        images = images.to("cpu", torch.uint8 if kind == "pixels" else torch.float16)
+        features = iter(text([c for row in batch for c in row["captions"] if c]))
+        finite = images.flatten(1).isfinite().all(dim=1).tolist()
+        for row, image, fine in zip(batch, images, finite, strict=True):
+            if not fine:
+                raise ValueError(
+                    f"row {row['row']} is not finite in fp16: drop it by --with, or take a --vae"
+                    " that does not overflow"
+                )
+            row["image"] = image.numpy().tobytes()
+            row["text"] = [form.pack(next(features)) if c else None for c in row["captions"]]
+        return batch
+
+    def encode_all(places) -> tuple[list[dict], list[dict]]:
+        """The places of a chunk → what is stored of its rows, and which rows are left out.
+
+        A batch has one size, so rows wait by split and bucket until a batch is full. Meanwhile
+        threads read the next ones.
+        """
+        done, waiting = [], defaultdict(list)
+        while items := list(islice(places, AHEAD * args.batch)):
+            for row in pool.map(read, items):
+                bar.update()
+                where = row.get("where")  # None: left out
+                waiting[where].append(row)
+                if where and len(waiting[where]) == args.batch:
+                    done += encode(waiting.pop(where))
+        left_out = waiting.pop(None, [])
+        for batch in waiting.values():
+            done += encode(batch)
+        return done, left_out
+
+    files, seen, bad, (part, parts) = [], 0, [], map(int, args.part.split("/"))
+    total = len(source.table) // parts if hasattr(source.table, "__len__") else None
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(unit="row", total=total) as bar:
+        for i, block in enumerate(blocks(source.table, args.chunk_rows, args.seed)):
+            file = args.out / "chunks" / f"{i:05d}.json"
+            files.append(file)
+            if i % parts != part:
+                continue
+            rows, numbers = block
+            joined = defaultdict(dict)
+            for join in joins:
+                wanted = pa.compute.is_in(join["row"], pa.array(numbers, join["row"].type))
+                for row in join.filter(wanted).to_pylist():
+                    joined[row["row"]] |= row
+            entry = json.loads(file.read_text()) if file.exists() else None
+            # A chunk that is there is made again if one of its bad rows can be read now.
+            if entry and all("kind" in read((0, row["row"])) for row in bad_rows(entry)):
+                bar.update(len(numbers))
+            else:
+                file.unlink(missing_ok=True)  # nobody may finish with the old one
+                places = enumerate(numbers, i * args.chunk_rows)
+                entry = write_chunk(file, *encode_all(places))
+            seen += len(numbers)
+            bad += bad_rows(entry)
+            if len(bad) > args.bad_limit * max(seen, FEW_ROWS):
+                listed = "; ".join(f"{row['name']} ({row['reason']})" for row in bad[:3])
+                raise ValueError(
+                    f"{len(bad)} of {seen} rows are bad: {listed}; at most --bad-limit"
+                    f" {args.bad_limit:g} of them may be"
+                )
+    return files
+
+
+def bad_rows(entry: dict) -> list[dict]:
+    """Of what a chunk's .json holds: what may be repaired. Small and dropped rows are as meant."""
+    return [row for row in entry["left_out"] if row["kind"] == "bad"]
+
+
+def write_chunk(file: Path, rows: list[dict], left_out: list[dict]) -> dict:
+    """The .arrow of one record batch, then the .json: so a chunk is whole if its .json is there.
+
+    rows: the columns, and "where", (split, height, width); the list is emptied. → the .json.
+    """
+    rows.sort(key=lambda row: row["where"])
+    counts, ranges, first = Counter(row["where"] for row in rows), [], 0
+    batch, sink = pa.RecordBatch.from_pylist(rows, COLUMNS), pa.BufferOutputStream()
+    rows.clear()  # memory
+    with pa.ipc.new_stream(sink, COLUMNS) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
+    for where, n in counts.items():
+        ranges.append(Range(int(file.stem), *where, first, n)._asdict())
+        first += n
+    entry = {
+        "file": f"chunks/{file.stem}.arrow",
+        "bytes": len(content),
+        "crc32": zlib.crc32(content),
+        "ranges": ranges,
+        "left_out": left_out,
+    }
+    write_whole(file.with_suffix(".arrow"), content)
+    write_whole(file, json.dumps(entry).encode())
+    return entry
+
+
+def finish(files: list[Path]) -> dict:
+    """What the manifest says of the chunks, from their .json files alone: two parts that end at
+    the same time write the same bytes. ValueError if no row is left to train on.
+    """
+    chunks = [json.loads(file.read_text()) for file in files]
+    ranges = [r for chunk in chunks for r in chunk.pop("ranges")]
+    left_out = [row for chunk in chunks for row in chunk.pop("left_out")]
+    counts, buckets = Counter(row["kind"] for row in left_out), Counter()
+    for r in ranges:
+        counts[r["split"]] += r["rows"]
+        if r["split"] == "train":
+            buckets[r["height"], r["width"]] += r["rows"]
+    if not buckets:
+        reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in left_out[:3])
+        raise ValueError(f"no row is left to train on; {len(left_out)} left out: {reasons}")
+    return {
+        "rows": {k: counts[k] for k in ("train", "validation", "bad", "small", "dropped")},
+        "buckets": [{"height": h, "width": w, "rows": n} for (h, w), n in sorted(buckets.items())],
+        "chunks": chunks,
+        "ranges": ranges,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# From options to a manifest
+# ------------------------------------------------------------------------------------------------
+
+MAY_DIFFER = ("out", "part", "batch", "workers", "device", "bad_limit")  # between attempts
+
+
+@dataclass(frozen=True)
+class Settings(Reading):
+    size: int = option(256, "buckets have about size² pixels", least=1, group="images")
+    max_aspect: float = option(2.0, "long side over short; 1: square", least=1)
+    max_upscale: float = option(1.0, "images that would be enlarged more are left out", above=0)
+    patch: int | None = option(None, "sides are multiples of it x the VAE's factor", least=1)
+    caption: list[str] = option(
+        [], "COLUMN[:WEIGHT] …; of several one is drawn, by weight (else: text …)", group="captions"
+    )
+    label: str | None = option(None, "a column of class labels, for captions")
+    label_template: str = option("a photo of {a}", "{}: the name, {a}: with a or an")
+    with_: list[Path] = option([], ".parquet files, joined by their column row")
+    text_encoder: str = option("hash", "hash, or name or folder of a T5", group="encoders")
+    text_tokens: int | None = option(None, "captions are cut there (hash 32, else 256)", least=1)
+    text_bits: int = option(16, "16: fp16; 8: bytes", choices=(8, 16))
+    text_reach: float = option(0.25, "8 bits cover ± this", above=0)
+    vae: str = option("pixels", "pixels, or name or folder of an AutoencoderKL")
+    latent: str | None = option(None, "a column of rows that the --vae has encoded, taken as")
+    latent_shape: str = option("4x32x32", "channels x rows x columns")
+    latent_dtype: str = option("uint8", "of raw bytes")
+    latent_scale: float = option(1.0, "latent = raw · scale + offset, so that")
+    latent_offset: float = option(0.0, "it is the VAE's mean, unscaled")
+    validation: int = option(512, "rows kept from training; at most a tenth", least=0, group="rows")
+    bad_limit: float = option(0.01, "share of rows that may be bad", least=0)
+    part: str = option("0/1", "i/n: make every n-th chunk, from the i-th on (from 0)")
+    seed: int = option(0, "of the order", least=0)
+    chunk_rows: int = option(4096, "rows of a file", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "{" in self.label_template.replace("{a}", "").replace("{}", ""):
+            raise ValueError(f"--label-template {self.label_template!r} may use {{}} and {{a}}")
+        part, _, parts = self.part.partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+            raise ValueError(f"--part {self.part} must be i/n with 0 ≤ i < n, such as 0/2 and 1/2")
+
+    @property
+    def shape(self) -> list[int]:
+        return [int(n) for n in self.latent_shape.split("x") if n.isdecimal()]
+
+
+def caption_columns(args, columns: list[str]) -> dict[str, float]:
+    """column → weight, from --caption and --label, or what the source has."""
+    chosen = {args.label: 1.0} if args.label else {}
+    for given in args.caption:
+        column, _, weight = given.partition(":")
+        try:
+            chosen[column] = float(weight or 1)
+        except ValueError:
+            chosen[column] = 0
+        if not 0 < chosen[column] < inf:
+            raise ValueError(f"--caption {given}: the weight must be a number above 0")
+    return chosen or {next((c for c in CAPTION_COLUMNS if c in columns), "text"): 1.0}
+
+
+def same_settings(args: Settings, source: Source) -> dict:
+    """Every part and attempt must have the same options; the first one writes them down."""
+    now = {key: value for key, value in args.saved().items() if key not in MAY_DIFFER}
+    now["with_"] = [str(file) for file in args.with_]
+    now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
+    path = args.out / "prepare.json"
+    if not path.exists():
+        (args.out / "chunks").mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(now, indent=1).encode())
+    for key, value in json.loads(path.read_text()).items():
+        if now.get(key) != value:
+            raise ValueError(
+                f"--out {args.out} was begun with {key} {value}, now it is {now.get(key)}: give"
+                " the same options, or another --out"
+            )
+    return now
+
+
+@program("tools.prepare")
+def main(argv: list[str] | None = None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    device = choose_device(args.device)
+    begin(device)
+    source = open_source(args)
+    joins = [pa.parquet.read_table(pa.memory_map(str(file))) for file in args.with_]
+    if not all("row" in join.column_names for join in joins):
+        raise ValueError("a file of --with must have a column row, the number in SOURCE")
+    columns = sorted({*source.columns}.union(*(join.column_names for join in joins)))
+    captions = caption_columns(args, columns)
+    for column in (*captions, args.latent or source.image):
+        if column.partition(".")[0] not in columns:
+            raise ValueError(
+                f"SOURCE {args.source} has no column {column}; there are: {', '.join(columns)};"
+                " choose with --caption or --label"
+            )
+    vae, size = image_encoder(args.vae, device), args.size
+    if args.latent:
+        if len(args.shape) != 3 or args.shape[0] != vae.channels:
+            raise ValueError(
+                f"--latent-shape {args.latent_shape} must be channels x rows x columns; --vae"
+                f" {args.vae} has {vae.channels} channels"
+            )
+        size = round(prod(args.shape[1:]) ** 0.5 * vae.factor)
+    unit = (args.patch or (4 if args.vae == "pixels" else 2)) * vae.factor
+    buckets = make_buckets(size, unit, args.max_aspect)
+    if not buckets:
+        raise ValueError(f"--size {size} must be at least {unit}, patch x VAE factor")
+    tokens = args.text_tokens or (32 if args.text_encoder == "hash" else 256)
+    text = text_encoder(args.text_encoder, tokens, device)
+    form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)
+    facts = same_settings(args, source)
+    manifest = args.out / "manifest.json"
+    if not manifest.exists():
+        files = make_chunks(args, source, joins, captions, buckets, vae, text, form)
+        if not all(file.exists() for file in files):
+            print(f"this part is done; the last part to end writes {manifest}")
+            return
+        kind = "latents" if args.latent else vae.kind
+        facts |= {
+            "schema": SCHEMA,
+            "size": size,
+            "noise_seed": args.seed,
+            "text_tokens": tokens,
+            "text_format": form._asdict(),
+            "null_text": base64.b64encode(form.pack(text([""])[0])).decode(),
+            "image": {"kind": kind, "channels": vae.channels, "factor": vae.factor},
+            "captions": [{"column": c, "weight": w} for c, w in captions.items()],
+        }
+        write_whole(manifest, json.dumps(facts | finish(files), indent=1).encode())
+    print(f"{args.out} is ready: {json.loads(manifest.read_text())['rows']}")
+
+
+if __name__ == "__main__":
+    main()

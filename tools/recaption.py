@@ -1,0 +1,68 @@
+"""RECAPTION: captions written by an image-to-text model.
+
+    python -m tools.recaption SOURCE --out r.parquet --model NAME
+    python -m tools.prepare SOURCE --out data/my --with r.parquet --caption recaption
+
+The columns of the file: row, recaption.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from common.settings import option, parse
+from common.start import choose_device, program
+from inputs.encoders import pretrained
+from tools.prepare import Reading, open_source, pictures, write_table
+
+
+class Captioner:
+    """An image-to-text model; captions of at most 64 tokens, the likeliest token each time."""
+
+    def __init__(self, name: str, ask: str, device: torch.device):
+        self.model, self.processor = pretrained(
+            name, device, "--model", "AutoModelForImageTextToText"
+        )
+        self.model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.prompt = None
+        if getattr(self.processor, "chat_template", None):
+            self.processor.tokenizer.padding_side = "left"
+            content = [{"type": "image"}, {"type": "text", "text": ask}]
+            self.prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image]) -> list[str]:
+        said = {"text": [self.prompt] * len(images), "padding": True} if self.prompt else {}
+        inputs = self.processor(images=images, return_tensors="pt", **said)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(**inputs, max_new_tokens=64, do_sample=False, num_beams=1)
+        if self.prompt:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [s.strip() for s in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+@dataclass(frozen=True)
+class Settings(Reading):
+    model: str = option("Salesforce/blip-image-captioning-base", "image-to-text, a name or folder")
+    ask: str = option("Describe this image in one sentence.", "what a chat model is asked")
+
+
+@program("tools.recaption")
+def main(argv: list[str] | None = None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    source = open_source(args)
+    write = Captioner(args.model, args.ask, choose_device(args.device))
+    table = {"row": [], "recaption": []}
+    for batch in pictures(source, args):
+        rows, images = zip(*batch, strict=True)
+        table["row"] += rows
+        table["recaption"] += write(list(images))
+    write_table(args.out, table)
+    print(f"{args.out}: {len(table['row']):,} captions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""SHOW: what is in any rows, and a sheet of their pictures with their captions.
+
+python -m tools.show data/my
+python -m tools.show shapes --out shapes.png
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import pictures
+from common.pipeline import settle_run
+from common.start import choose_device, program
+from train_t2i import RECIPES, Settings
+
+
+@program("tools.show")
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="what a trainer's --data takes")
+    parser.add_argument("--data-dir", default="data", help="of mnist and cifar10 (default: data)")
+    parser.add_argument("--rows", type=int, default=24, help="pictures on the sheet (default: 24)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
+    parser.add_argument("--out", type=Path, default="show.png", help="the sheet (show.png)")
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    typed = {"data": [args.data], "data_dir": args.data_dir, "batch_size": args.rows}
+    settings, rows = settle_run(Settings, typed, {}, device, lambda preset: RECIPES["tiny"])
+    for fact in ("size", "text_encoder", "text_tokens", "vae"):
+        print(f"{fact:14} {getattr(settings, fact)}")
+    print(f"points of path {rows.K + 1}")
+    for stream, share in zip(rows.streams, rows.shares, strict=True):
+        h, w = stream.bucket
+        print(f"{h:5} x {w:<5} {stream.order.rows:12,} rows to train on, {share:.1%} of the steps")
+    print(f"held out      {sum(len(held.rows) for held in rows.held):12,} rows")
+    stream = rows.streams[int(np.argmax(rows.shares))]
+    numbers = stream.order(range(args.rows))
+    stored, text = stream.source.read(numbers)
+    lengths = rows.features(text, device).any(2).sum(1).cpu().numpy()
+    spread = ", ".join(f"{q:.0%} {np.quantile(lengths, q):.0f}" for q in (0.05, 0.5, 0.95))
+    print(f"caption tokens {spread}")
+    states = rows.states(stored.to(device))
+    captions = stream.source.captions(numbers)
+    pictures.captioned(rows.image.decode(states[:, -1]).cpu(), captions, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
