@@ -1,7 +1,7 @@
 """How good are the digits? A small CNN, trained on the real images, reads the generated ones.
 
-    python experiments/digit_score.py runs/mnist               every solver at 1, 2, 4, … 32 steps
-    python experiments/digit_score.py runs/mnist --quick       only the run's own sampler
+    python -m experiments.digit_score runs/mnist               every solver at 1, 2, 4, … 32 steps
+    python -m experiments.digit_score runs/mnist --quick       only the run's own sampler
 
 Two figures for 1,000 class-conditional samples, beside those of 1,000 real images that the CNN has
 not seen, which are the ceiling:
@@ -11,104 +11,71 @@ not seen, which are the ceiling:
                 1706.08500, with our CNN for Inception: compare only within one data set)
 Writes digit_score.csv and digit_score.png into the run's folder. The CNN is trained once (about a
 minute on two cores) and kept in --cache.
+
+Shapes: N images (N, C, S, S) uint8; their features (N, 128) fp32.
 """
 
-import argparse
-import csv
-import json
-import sys
-import time
+from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
-
 import rf
-from data_mnist import (
-    ImageSet,
-    OneHotText,
-    fingerprint,
-    load_images,
-    to_bytes,
-    to_unit,
-)
-from mmdit import MMDiT, load_model
-from train_mnist import choose_device
+from common.pipeline import Sampling
+from common.settings import option, parse
+from common.start import program, write_whole
+from inputs.digits import ImageSet, fingerprint, load_images
+from inputs.encoders import to_unit
 
+STEPS = (1, 2, 4, 8, 16, 32)
 UNSEEN = 5000  # training images that the CNN never sees: the "real" row comes from them
-COLUMNS = ("solver", "steps", "evaluations", "recognised", "frechet", "frechet_ratio")
 
 # ------------------------------------------------------------------------------------------------
 # The reader
 # ------------------------------------------------------------------------------------------------
 
 
-class Reader(nn.Module):
-    """(B, C, S, S) in [−1, 1] → features (B, 128) → class scores: three convolutions, one layer."""
+def new_reader(channels: int, size: int, classes: int) -> nn.Sequential:
+    """(N, C, S, S) in [−1, 1] → class scores; all but its last layer give the features."""
 
-    def __init__(self, channels: int, size: int, num_classes: int):
-        super().__init__()
-
-        def stage(fan_in: int, fan_out: int):
-            return [nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.ReLU()]
-
-        self.features = nn.Sequential(
-            *stage(channels, 32), nn.MaxPool2d(2),
-            *stage(32, 64), nn.MaxPool2d(2),
-            *stage(64, 128), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(128 * (size // 8) ** 2, 128), nn.ReLU(),
-        )  # fmt: skip
-        self.classify = nn.Linear(128, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.features(x))
+    layers = []
+    for sizes in pairwise((channels, 32, 64, 128)):
+        layers += [nn.Conv2d(*sizes, 3, padding=1), nn.BatchNorm2d(sizes[1]), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 128), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, classes))
 
 
-def reader_for(dataset: ImageSet, cache: Path, device: torch.device, epochs: int = 3) -> Reader:
-    """A Reader of the data set's training images but the unseen ones, from the cache if there."""
-    seen = shuffled(dataset)[n_unseen(dataset) :]
-    n_seen = len(seen)
-    _, channels, size, _ = dataset.images.shape
+def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int = 3):
+    """A reader of the images with the numbers `seen`, from the cache if it is there."""
     torch.manual_seed(0)
-    reader = Reader(channels, size, len(dataset.classes)).to(device)
-    path = cache / f"reader-{dataset.source}-{fingerprint(dataset)}.safetensors"
+    reader = new_reader(*dataset.images.shape[1:3], len(dataset.classes)).to(device)
+    path = cache / f"{dataset.source}-{fingerprint(dataset)}.safetensors"
     if path.exists():
         reader.load_state_dict(load_file(path, device=str(device)))
         return reader.eval()
-    batch_size = min(128, n_seen)
-    total = epochs * (n_seen // batch_size)
+    batch = min(128, len(seen))
+    steps = len(seen) // batch
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
-    with tqdm(total=total, desc="training the reader", unit="step") as bar:
-        for _ in range(epochs):
-            order = seen[torch.randperm(n_seen)]
-            for part in order[: total // epochs * batch_size].split(batch_size):
-                x = to_unit(dataset.images[part].to(device))
-                loss = F.cross_entropy(reader(x), dataset.labels[part].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
+    for _ in range(epochs):
+        order = seen[torch.randperm(len(seen))][: steps * batch]
+        for part in tqdm(order.split(batch), desc="training the reader"):
+            scores = reader(to_unit(dataset.images[part].to(device)))
+            F.cross_entropy(scores, dataset.labels[part].to(device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
     cache.mkdir(parents=True, exist_ok=True)
-    save_file(reader.state_dict(), path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    write_whole(path, save(reader.state_dict()))
     return reader.eval()
-
-
-def shuffled(dataset: ImageSet) -> Tensor:
-    """The order in which the first n_unseen images are kept from the reader."""
-    return torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
-
-
-def n_unseen(dataset: ImageSet) -> int:
-    return min(UNSEEN, len(dataset.labels) // 10)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,41 +83,50 @@ def n_unseen(dataset: ImageSet) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def read(reader: Reader, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images → features (N, 128) and the class read in each (N,), on the CPU."""
-    features, classes = [], []
-    for part in images.split(500):
-        f = reader.features(to_unit(part.to(device)))
-        features.append(f.cpu())
-        classes.append(reader.classify(f).argmax(1).cpu())
-    return torch.cat(features), torch.cat(classes)
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Between Gaussians fitted to two sets of features, (N, D) and (M, D); in float64."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # tr (Σ_a Σ_b)^½ through the symmetric Σ_a^½ Σ_b Σ_a^½, which has the same eigenvalues
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    # tr (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of Σ_a Σ_b, which are real and ≥ 0
+    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return float(distance)
 
 
-def draw(
-    model: MMDiT, text: OneHotText, n: int, size: tuple[int, int], device, batch: int = 250, **how
-) -> tuple[Tensor, Tensor]:
-    """n samples (N, C, H, W) uint8 and the classes asked for, each class equally often; seeded."""
-    labels = torch.arange(n) % text.null
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(n, model.config.in_channels, *size, generator=generator)
-    parts = [
-        rf.sample(model, e.to(device), text(y.to(device)), null_text=text.null_text, **how)
-        for e, y in zip(noise.split(batch), labels.split(batch), strict=True)
-    ]
-    return to_bytes(torch.cat(parts).cpu()), labels
+class Judge:
+    """Scores samples. `labels`, their `captions` and `noise` are what it asks for, always the same.
+
+    name, data_dir: as of inputs.digits.load_images. cache: folder of the readers. samples: how many
+    are asked, each class equally often. seed: of the noise. `real` is the score of as many unseen
+    real images; where there are fewer, their Fréchet distance reads too large.
+    """
+
+    def __init__(self, name: str, data_dir: Path, cache: Path, samples: int, device, seed: int = 0):
+        training, test = load_images(name, data_dir)
+        order = torch.randperm(len(training.labels), generator=torch.Generator().manual_seed(0))
+        unseen = min(UNSEEN, len(order) // 10)
+        self.device = device
+        self.reader = reader_for(training, order[unseen:], cache, device)
+        self.features, _ = self.read(test.images)
+        real = order[:unseen][:samples]
+        self.real = self.score(training.images[real], training.labels[real])
+        self.labels = torch.arange(samples) % len(test.classes)
+        self.captions = [test.classes[k] for k in self.labels]
+        generator = torch.Generator().manual_seed(1 + seed)
+        self.noise = torch.randn(samples, *test.images.shape[1:], generator=generator)
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images → features, and the class read in each (N,), on the CPU."""
+        parts = (to_unit(part.to(self.device)) for part in images.split(500))
+        features = torch.cat([self.reader[:-1](part) for part in parts])
+        return features.cpu(), self.reader[-1](features).argmax(1).cpu()
+
+    def score(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """images, and the labels (N,) that were asked for → share recognised, Fréchet distance."""
+        features, classes = self.read(images)
+        recognised = (classes == labels).double().mean().item()
+        return recognised, frechet_distance(features, self.features)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,100 +134,51 @@ def draw(
 # ------------------------------------------------------------------------------------------------
 
 
-def plot(rows: list[tuple], real: tuple[float, float], path: Path):
+def plot(table: pd.DataFrame, path: Path):
+    """Both figures against evaluations, a line a solver; the first row is the real images'."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for solver in dict.fromkeys(row[0] for row in rows):
-        mine = [row for row in rows if row[0] == solver]
-        evaluations = [row[2] for row in mine]
-        left.plot(evaluations, [100 * row[3] for row in mine], "o-", label=solver)
-        right.plot(evaluations, [row[4] for row in mine], "o-", label=solver)
-    left.axhline(100 * real[0], color="grey", ls="--", label="real images")
-    right.axhline(real[1], color="grey", ls="--", label="real images")
-    left.set(ylabel="recognised as the class asked for (%)", xscale="log")
-    right.set(ylabel="Fréchet distance to the test set", xscale="log", yscale="log")
-    for axes in (left, right):
-        axes.set_xlabel("model evaluations a sample")
-        axes.legend()
-    figure.tight_layout()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, column in zip(axes, ("recognised", "frechet"), strict=True):
+        for solver, rows in table[1:].groupby("solver", sort=False):
+            axis.plot(rows.evaluations, rows[column], "o-", label=solver)
+        axis.axhline(table[column][0], color="grey", ls="--", label="real images")
+        axis.set(xlabel="model evaluations a sample", ylabel=column, xscale="log")
+        axis.legend()
+    axes[1].set_yscale("log")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
+@dataclass(frozen=True)
+class Settings(Sampling):
+    data: str | None = option(None, "whose real images (the run's)")
+    data_dir: Path = option(Path("data"), "where they lie")
+    samples: int = option(1000, "samples a setting", least=2)
+    quick: bool = option(False, "only the run's own sampler, or --solver and --steps; no files")
+    cache: Path = option(Path("runs/readers"), "where CNNs are kept")
+
+
+@program("experiments.digit_score")
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder that train_mnist.py wrote")
-    parser.add_argument("--data-dir", type=Path, help="(default: where the run had it)")
-    parser.add_argument(
-        "--samples", type=int, default=1000, help="samples a setting (default: 1000)"
-    )
-    parser.add_argument("--solvers", nargs="+", default=list(rf.SOLVERS), choices=rf.SOLVERS)
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--cfg", type=float, help="guidance (default: the run's)")
-    parser.add_argument("--quick", action="store_true", help="only the run's own sampler")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("runs/readers"), help="where CNNs are kept"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, mps or cuda")
-    args = parser.parse_args(argv)
-    try:
-        rows = score(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"digit_score.py: {error}")
-    return rows
-
-
-def score(args: argparse.Namespace) -> list[tuple]:
-    device = choose_device(args.device)
-    model = load_model(args.run, device)
-    run = json.loads((args.run / "config.json").read_text()).get("run")
-    if run is None:
-        raise ValueError(f"{args.run} is no run of train_mnist.py: its config.json has no 'run'")
-    if args.samples < 2:
-        raise ValueError(f"--samples {args.samples} must be at least 2")
-    training, test = load_images(
-        run["dataset"], args.data_dir or run["data_dir"], size=run["size"], seed=run["seed"]
-    )
-    reader = reader_for(training, args.cache, device)
-    test_features, test_read = read(reader, test.images, device)
-    accuracy = (test_read == test.labels).double().mean().item()
-    unseen = shuffled(training)[: min(n_unseen(training), args.samples)]
-    if len(unseen) < args.samples:
-        print(f"only {len(unseen)} unseen real images: their Fréchet distance reads too large")
-    real_features, real_read = read(reader, training.images[unseen], device)
-    real_share = (real_read == training.labels[unseen]).double().mean().item()
-    real = (real_share, frechet_distance(real_features, test_features))
-    print(f"the reader is right on {accuracy:.2%} of the test set")
-    print(f"{'':>10} {'steps':>5} {'evals':>5} {'recognised':>10} {'Fréchet':>8} {'/ real':>6}")
-    print(f"{'real':>10} {'':>5} {'':>5} {real[0]:>10.1%} {real[1]:>8.2f} {1:>6.2f}")
-
-    settings = [(s, n) for s in args.solvers for n in args.steps]
-    if args.quick:
-        settings = [(run["solver"], run["sample_steps"])]
-    cfg = run["cfg"] if args.cfg is None else args.cfg
-    text, rows = OneHotText(len(training.classes), device), []
-    for solver, steps in settings:
-        started = time.time()
-        how = {"solver": solver, "steps": steps, "cfg": cfg, "shift": run["shift"]}
-        images, asked = draw(model, text, args.samples, test.images.shape[2:], device, **how)
-        features, classes = read(reader, images, device)
-        recognised = (classes == asked).double().mean().item()
-        distance = frechet_distance(features, test_features)
+    args = Settings(**parse(Settings, argv, __doc__))
+    pipeline = args.open()
+    name = args.data or pipeline.facts["source"]
+    judge = Judge(name, args.data_dir, args.cache, args.samples, pipeline.device, args.seed)
+    rows = [("real", "", "", *judge.real)]
+    quick = [(args.solver, args.steps or pipeline.facts["steps"])]
+    for solver, steps in tqdm(quick if args.quick else list(product(rf.SOLVERS, STEPS))):
+        how = args.how() | {"steps": steps, "solver": solver}
+        score = judge.score(pipeline.draw(judge.captions, judge.noise, **how), judge.labels)
         evaluations = {"euler": steps, "heun": 2 * steps - 1, "rf_solver": 2 * steps}[solver]
-        rows.append((solver, steps, evaluations, recognised, distance, distance / real[1]))
-        print(
-            f"{solver:>10} {steps:>5} {evaluations:>5} {recognised:>10.1%} {distance:>8.2f}"
-            f" {distance / real[1]:>6.2f}   ({time.time() - started:.0f} s)", flush=True
-        )  # fmt: skip
+        rows.append((solver, steps, evaluations, *score))
+    columns = ("solver", "steps", "evaluations", "recognised", "frechet")
+    table = pd.DataFrame(rows, columns=columns)
+    table["frechet_ratio"] = table.frechet / judge.real[1]
+    print(table.to_string(index=False, float_format="{:.3f}".format))
     if not args.quick:
-        with open(args.run / "digit_score.csv", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, ("real", "", "", *real, 1.0), *rows])
-        plot(rows, real, args.run / "digit_score.png")
+        table.to_csv(Path(args.run) / "digit_score.csv", index=False)
+        plot(table, Path(args.run) / "digit_score.png")
         print(f"wrote {args.run}/digit_score.csv and digit_score.png")
-    return rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Take a real picture back to its noise, redraw it, and redraw it with other words.
 
-    python experiments/edit.py runs/mnist       digits; the label becomes another one
-    python experiments/edit.py runs/shapes      shapes; one colour in the caption becomes another
+    python -m experiments.edit runs/mnist       digits; the label becomes another one
+    python -m experiments.edit runs/shapes      shapes; one colour in the caption becomes another
 
 Inversion runs the flow from t = 0 to t = 1 (rf.invert), reconstruction runs it back. What an exact
 solver would return unchanged comes back with an error that tells the solver's order: at equal
@@ -14,63 +14,47 @@ What comes out, in RUN/edit: edit.csv and edit.png (error against evaluations), 
 picture, its noise, its reconstruction, its edit.
 """
 
-import argparse
-import csv
-import json
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
-
-import cpu
 import rf
-import shapes
-from data_mnist import load_images, to_bytes, to_unit
-from measure import draw_strip
-from pairs import Maker, maker_of
-from sample_t2i import find_weights
-from train_mnist import choose_device
+from common import pictures
+from common.pipeline import Pipeline
+from common.settings import Options, option, parse
+from common.start import begin, choose_device, program
+from inputs.digits import load_images
+from inputs.shapes import COLORS, Shapes, World
 
 EVALUATIONS = (10, 20, 40, 80, 160)  # of the model, one way; even, for the solvers that take two
 SHOWN = 10
-COLUMNS = ("solver", "steps", "evaluations", "rmse", "slope")
 
 # ------------------------------------------------------------------------------------------------
 # Real pictures with their words, and the words of the edit
 # ------------------------------------------------------------------------------------------------
 
 
-def real_digits(run: dict, data_dir: Path | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """→ held-out images (n, C, H, W) in [−1, 1], their labels, and the next label of each."""
-    where = data_dir or run["data_dir"]
-    _, held_out = load_images(run["dataset"], where, size=run["size"], seed=run["seed"])
-    labels = held_out.labels[:n]
-    return to_unit(held_out.images[:n]), labels, (labels + 1) % len(held_out.classes)
+def real_digits(name: str, data_dir: Path) -> Iterator:
+    """Held-out digits (C, H, W) uint8, their words, and the next class for the edit."""
+    _, (images, labels, classes, _) = load_images(name, data_dir)
+    for image, label in zip(images, labels, strict=True):
+        yield image, classes[label], classes[label + 1 - len(classes)]
 
 
-def real_shapes(run: dict, n: int) -> tuple[Tensor, list[str], list[str]]:
-    """→ held-out pictures whose caption names a colour, the captions, and the edited ones."""
-    world = shapes.World(*(run[key] for key in shapes.World._fields))
-    source, palette = shapes.Shapes(world, run["seed"], held=True), list(shapes.COLORS)
-    pictures, captions, edited, i = [], [], [], 0
-    while len(captions) < n:
-        picture, caption = source[i]
-        words = caption.split()
-        there = [w for w in words if w in palette[: world.colors]]
-        if there:
-            other = next(c for c in palette if c not in there)
-            words[words.index(there[0])] = other
-            pictures.append(torch.from_numpy(picture))
-            captions.append(caption)
-            edited.append(" ".join(words))
-        i += 1
-    return to_unit(torch.stack(pictures)), captions, edited
+def real_shapes(world: World) -> Iterator:
+    """Held-out pictures whose caption names a colour, the caption, and one with another colour."""
+    for picture, caption in Shapes(world, held=True):
+        present = [word for word in caption.split() if word in COLORS]
+        if present:
+            other = next(color for color in COLORS if color not in present)
+            yield torch.from_numpy(picture), caption, caption.replace(present[0], other, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -78,51 +62,30 @@ def real_shapes(run: dict, n: int) -> tuple[Tensor, list[str], list[str]]:
 # ------------------------------------------------------------------------------------------------
 
 
-def round_trip(maker: Maker, data: Tensor, text: Tensor, solver: str, steps: int) -> Tensor:
-    how = {"steps": steps, "solver": solver, "shift": maker.settings["shift"]}
-    noise = rf.invert(maker.model, data, text, **how)
-    return rf.sample(maker.model, noise, text, **how)
-
-
-def errors(maker: Maker, data: Tensor, text: Tensor) -> list[tuple]:
+def errors(model: rf.Model, data: Tensor, text: Tensor, shift: float = 1.0) -> pd.DataFrame:
     """A row a solver and number of evaluations; slope: of log error over log evaluations so far."""
     rows = []
-    for solver in rf.SOLVERS:
-        before = None
-        for evaluations in tqdm(EVALUATIONS, desc=solver, leave=False):
-            steps = evaluations if solver == "euler" else evaluations // 2
-            back = round_trip(maker, data, text, solver, steps)
-            rmse = float((back - data).square().mean().sqrt())
-            slope = float("nan")
-            if before is not None:
-                slope = float(np.log(rmse / before[1]) / np.log(evaluations / before[0]))
-            rows.append((solver, steps, evaluations, rmse, slope))
-            before = (evaluations, rmse)
-    return rows
+    for solver, evaluations in tqdm(list(product(rf.SOLVERS, EVALUATIONS))):
+        steps = evaluations if solver == "euler" else evaluations // 2
+        how = {"steps": steps, "solver": solver, "shift": shift}
+        back = rf.sample(model, rf.invert(model, data, text, **how), text, **how)
+        rmse = float((back - data).square().mean().sqrt())
+        rows.append({"solver": solver, "steps": steps, "evaluations": evaluations, "rmse": rmse})
+    table = pd.DataFrame(rows)
+    rise = np.log(table[["rmse", "evaluations"]]).groupby(table.solver).diff()
+    table["slope"] = rise.rmse / rise.evaluations
+    return table
 
 
-# ------------------------------------------------------------------------------------------------
-# Plot
-# ------------------------------------------------------------------------------------------------
-
-
-def plot(rows: list[tuple], path: Path):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    for solver in rf.SOLVERS:
-        mine = [row for row in rows if row[0] == solver]
-        axes.plot([r[2] for r in mine], [r[3] for r in mine], "o-", label=solver)
-    first = rows[0]
-    guide = np.array(EVALUATIONS, float)
+def plot(table: pd.DataFrame, path: Path):
+    curves = table.pivot(index="evaluations", columns="solver", values="rmse")
+    axes = curves.plot(loglog=True, style="o-", figsize=(5.6, 3.8))
     for order in (1, 2, 3):
-        line = first[3] * (guide / guide[0]) ** -order
-        axes.plot(guide, line, ":", color="0.6", label=f"order {order}")
-    axes.set(xscale="log", yscale="log", xlabel="model evaluations, one way",
-             ylabel="RMSE after there and back")  # fmt: skip
+        line = table.rmse[0] * (curves.index / curves.index[0]) ** -order
+        axes.plot(curves.index, line, ":", color="0.6", label=f"order {order}")
+    axes.set(xlabel="model evaluations, one way", ylabel="RMSE after there and back")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes.figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,75 +93,47 @@ def plot(rows: list[tuple], path: Path):
 # ------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "run",
-        type=Path,
-        metavar="RUN",
-        help="of train_mnist.py, or of train_t2i.py on shapes",
-    )
-    add("--data-dir", type=Path, help="of the digits (default: where the run had it)")
-    add("--number", type=int, default=100, help="pictures (default: 100)")
-    add("--cfg", type=float, default=2.0, help="guidance of the edit (default: 2)")
-    add("--ema", help="which average of a chapter 2 run (default: the narrowest)")
-    add("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
-    return parser
+@dataclass(frozen=True)
+class Settings(Options):
+    run: Path = option(None, "of either chapter, on digits or shapes", positional=True)
+    data_dir: Path = option(Path("data"), "of the digits")
+    number: int = option(100, "pictures", least=1)
+    cfg: float = option(2.0, "guidance of the edit")
+    device: str = option("auto", "auto, cpu, mps or cuda")
 
 
-def edit(args: argparse.Namespace) -> list[tuple]:
-    device = choose_device(args.device)
-    if args.number < 1:
-        raise ValueError(f"--number {args.number} must be at least 1")
-    run = json.loads((find_weights(args.run, args.ema) / "config.json").read_text()).get("run", {})
-    ours = "text_encoder" not in run or (run["vae"] == "pixels" and run.get("shapes"))
-    if not ours or run.get("data"):
-        raise ValueError(f"{args.run} is not of shapes in pixels: there are no real ones to edit")
-    maker = maker_of(SimpleNamespace(run=args.run, ema=args.ema, prompts=None), device)
-    if maker.words == "labels":
-        data, words, edited = real_digits(maker.settings, args.data_dir, args.number)
-    else:
-        data, words, edited = real_shapes(maker.settings, args.number)
-    data, text = data.to(device), maker.features(words)
-    rows, out = errors(maker, data, text), args.run / "edit"
-    out.mkdir(exist_ok=True)
-    print(f"{'solver':>10} {'steps':>6} {'evaluations':>12} {'RMSE':>10} {'slope':>7}")
-    for solver, steps, evaluations, rmse, slope in rows:
-        print(f"{solver:>10} {steps:>6} {evaluations:>12} {rmse:>10.5f} {slope:>7.2f}")
-    with open(out / "edit.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    plot(rows, out / "edit.png")
-
-    n = min(SHOWN, args.number)
-    how = {"steps": 25, "solver": "rf_solver", "shift": maker.settings["shift"]}
-    noise = rf.invert(maker.model, data[:n], text[:n], **how)
-    back = rf.sample(maker.model, noise, text[:n], **how)
-    other = rf.sample(
-        maker.model, noise, maker.features(edited[:n]), null_text=maker.null_text, cfg=args.cfg,
-        **how,
-    )  # fmt: skip
-    stages = {"real": data[:n], "its noise": noise / 2, "redrawn": back, "edited": other}
-    lines = [(name, to_bytes(x)) for name, x in stages.items()]
-    before, after = ([str(w) for w in plain(some[:n])] for some in (words, edited))
-    draw_strip(lines, out / "strip.png", above=before, below=after)
-    print(f"wrote {out}/edit.csv, edit.png and strip.png")
-    return rows
-
-
-def plain(words: Tensor | list[str]) -> list:
-    return words.tolist() if isinstance(words, Tensor) else words
-
-
+@program("experiments.edit")
 def main(argv: list[str] | None = None):
-    args = build_parser().parse_args(argv)
-    cpu.tune()
-    try:
-        return edit(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"edit.py: {error}")
+    args = Settings(**parse(Settings, argv, __doc__))
+    device, out = choose_device(args.device), args.run / "edit"
+    begin(device)
+    pipeline = Pipeline.open(args.run, device)
+    model, facts = pipeline.model, pipeline.facts
+    if facts["words"]:
+        examples = real_digits(facts["source"], args.data_dir)
+    elif facts["shapes"]:
+        examples = real_shapes(World(*(facts[key] for key in World._fields)))
+    else:
+        raise ValueError(f"{args.run} is of neither digits nor shapes: nothing real to edit")
+    real, words, edited = map(list, zip(*islice(examples, args.number), strict=True))
+    data, text = pipeline.image.encode(torch.stack(real).to(device)), pipeline.features(words)
+    table = errors(model, data, text, facts["shift"])
+    print(table.to_string(index=False))
+    out.mkdir(exist_ok=True)
+    table.to_csv(out / "edit.csv", index=False)
+    plot(table, out / "edit.png")
+
+    data, text, words, edited = (x[:SHOWN] for x in (data, text, words, edited))
+    how = {"steps": 25, "solver": "rf_solver", "shift": facts["shift"]}
+    noise = rf.invert(model, data, text, **how)
+    back = rf.sample(model, noise, text, **how)
+    how |= {"null_text": pipeline.features([""]), "cfg": args.cfg}
+    other = rf.sample(model, noise, pipeline.features(edited), **how)
+    shown = pipeline.image.decode(torch.cat([data, noise / 2, back, other])).cpu()
+    above = [*words, *[""] * 2 * len(words), *edited]
+    beside = ("real", "its noise", "redrawn", "edited")
+    pictures.sheet(shown, len(words), out / "strip.png", above, beside, inches=0.85, wrap=17)
+    print(f"wrote {out}/edit.csv, edit.png and strip.png")
 
 
 if __name__ == "__main__":

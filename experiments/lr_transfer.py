@@ -1,8 +1,8 @@
 """One learning rate for every width? Loss against learning rate, a curve a width.
 
-    python experiments/lr_transfer.py                                   glyphs, widths 32 to 256
-    python experiments/lr_transfer.py --dataset mnist --seeds 3         or --data-dir DIR
-    python experiments/lr_transfer.py --dataset shapes --steps 1000
+    python -m experiments.lr_transfer                                   glyphs, widths 32 to 256
+    python -m experiments.lr_transfer --dataset mnist --seeds 3         or --data-dir DIR
+    python -m experiments.lr_transfer --dataset shapes --steps 1000
 
 Left the standard parametrisation, right the maximal-update one (muP, Tensor Programs V,
 2203.03466), as in AuraFlow's post. Under muP the best rate of the narrowest network is the best
@@ -11,127 +11,86 @@ rate, seed) that is in the CSV is not run again: stop at any time, add seeds, ra
 start once more.
 """
 
-import argparse
 import csv
 import math
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import rf
-import shapes
-from data_mnist import Batches, OneHotText, load_images, to_unit
-from data_t2i import Samples, Shuffled, encode
-from encoders import HashText, Pixels
+import train_mnist
+from common.log import append_row
+from common.settings import Options, option, parse
+from common.start import choose_device, program
+from inputs.encoders import Pixels
+from inputs.rows import open_rows
 from mmdit import PRESETS, MMDiT, MMDiTConfig
-from train_mnist import choose_device
 
 PARAMETRIZATIONS = ("standard", "mup")
+WIDTHS = [32, 64, 128, 256]
 RATES = [0.001 * 2**i for i in range(7)]  # 0.001 … 0.064 at the smallest width
-BATCH, WARMUP, VALIDATION = 64, 20, 512
-WORLD = shapes.World(20, 4, 6, 10)  # the tiny recipe's
-
-
-class Cell(NamedTuple):
-    """One run of the grid. lr is the rate at the smallest width: of all widths under standard."""
-
-    dataset: str
-    steps: int
-    parametrization: str
-    width: int
-    lr: float
-    seed: int
-
+VALIDATION = 512  # held-out rows that are asked
 
 # ------------------------------------------------------------------------------------------------
 # Data: the same batches for every width, rate and parametrisation
 # ------------------------------------------------------------------------------------------------
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # data, text, t, noise
 
+class Halves(Pixels):
+    """An image encoder: (B, 1, 28, 28) uint8 → (B, 1, 16, 16), the mean of 2 x 2 pixels inside a
+    black margin.
 
-class Digits:
-    """MNIST or glyphs at 16 x 16, and chapter 1's network on patches of 4 x 4.
-
-    A patch of 7 x 7 would hold 49 values, more than the narrowest width: it could not pass them on
-    at any rate.
+    Chapter 1's patch of 7 x 7 holds 49 values, more than the narrowest width could pass on at any
+    rate; this is for patches of 4 x 4.
     """
 
-    text_tokens = 1
+    factor = Fraction(28, 16)
 
-    def __init__(self, name: str, data_dir: Path, device: torch.device):
-        self.training, self.held_out = load_images(name, data_dir, size=28, seed=0)
-        self.text, self.device = OneHotText(len(self.training.classes), device), device
-        classes = len(self.training.classes)
-        self.config = replace(PRESETS["digits"], patch_size=4, text_dim=classes + 1)
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        batches = Batches(
-            self.training, BATCH, seed=seed, flip=False, dropout=0.1, device=self.device
-        )
-        step = 0
-        while True:
-            batch, step = batches[step], step + 1
-            draw = {"generator": batch.generator, "device": self.device}
-            t = rf.sample_time(BATCH, stratified=True, **draw)
-            data = half(batch.data)
-            yield data, self.text(batch.labels), t, torch.randn(data.shape, **draw)
-
-    @cached_property
-    def validation(self) -> Batch:
-        generator = torch.Generator().manual_seed(0)
-        data = half(to_unit(self.held_out.images[:VALIDATION]))
-        t = rf.sample_time(len(data), stratified=True, generator=generator)
-        noise = torch.randn(data.shape, generator=generator)
-        text = self.text(self.held_out.labels[:VALIDATION].to(self.device))
-        return data.to(self.device), text, t.to(self.device), noise.to(self.device)
+    def encode(self, images: Tensor, vae_noise: Tensor | None = None) -> Tensor:
+        return F.avg_pool2d(F.pad(super().encode(images), (2, 2, 2, 2), value=-1.0), 2)
 
 
-def half(images: Tensor) -> Tensor:
-    """(B, 1, 28, 28) → (B, 1, 16, 16): a black margin of 2 pixels, then the mean of 2 x 2."""
-    return F.avg_pool2d(F.pad(images, (2, 2, 2, 2), value=-1.0), 2)
+@dataclass(frozen=True)
+class Grid(Options):
+    """What a grid of small trainings is told."""
+
+    dataset: str = option("glyphs", "glyphs, mnist or shapes")
+    data_dir: Path = option(Path("data"), "where MNIST lies or goes")
+    seeds: int = option(1, "runs of each network", least=1)
+    device: str = option("auto", "auto, cpu, mps or cuda")
+
+    def csv(self, name: str) -> Path:
+        self.out.mkdir(parents=True, exist_ok=True)
+        return self.out / f"{name}.csv"
 
 
-class Scenes:
-    """Chapter 2's world and network, in the tiny recipe's size."""
+class Data:
+    """Rows of digits or shapes, settings of chapter 1's step, and a network that fits them.
 
-    text_tokens = shapes.MAX_WORDS
+    Rows and held-out rows do not depend on a cell's seed.
+    """
 
-    def __init__(self, device: torch.device):
-        self.text, self.device = HashText(tokens=self.text_tokens), device
+    def __init__(self, args: Grid):
+        name, self.device = args.dataset, choose_device(args.device)
+        self.rows = open_rows([name], data_dir=args.data_dir)
+        how = {"data": [name], "warmup_steps": 20, "shift": 2.0 if name == "shapes" else 1.0}
+        self.settings = train_mnist.Settings(**how, **self.rows.facts)
+        self.rows.begin(self.settings, self.device)
         self.config = PRESETS["tiny"]
-
-    def _encoded(self, samples: Samples, positions: range) -> Batch:
-        return encode(samples.__getitems__(list(positions)), Pixels(), self.text, self.device)
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        samples, seen = (
-            Samples(Shuffled(shapes.Shapes(WORLD, seed), seed), self.text, seed=seed, shift=2.0),
-            0,
-        )
-        while True:
-            yield self._encoded(samples, range(seen, seen + BATCH))
-            seen += BATCH
-
-    @cached_property
-    def validation(self) -> Batch:
-        source = shapes.Shapes(WORLD, 0, held=True)
-        samples = Samples(Shuffled(source, 0), self.text, seed=0, shift=2.0, dropout=0.0)
-        return self._encoded(samples, range(VALIDATION))
-
-
-def dataset(name: str, data_dir: Path, device: torch.device) -> Digits | Scenes:
-    return Scenes(device) if name == "shapes" else Digits(name, data_dir, device)
+        if name != "shapes":
+            self.rows.image, self.rows.factor = Halves(1), Halves.factor
+            self.config = replace(PRESETS["digits"], patch_size=4)
+        held, generator = self.rows.held[0], torch.Generator().manual_seed(0)
+        batch = self.rows.draw(range(VALIDATION), 0, held)
+        u, noise = rf.spread(VALIDATION, generator), batch.noise.normal_(generator=generator)
+        self.held = batch._replace(u=u, noise=noise)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -139,33 +98,39 @@ def dataset(name: str, data_dir: Path, device: torch.device) -> Digits | Scenes:
 # ------------------------------------------------------------------------------------------------
 
 
-def train(
-    config: MMDiTConfig, data: Digits | Scenes, *, lr: float, steps: int, seed: int = 0,
-    parametrization: str = "mup",
-) -> float:  # fmt: skip
-    """Validation loss after `steps` steps of AdamW, warmed up, then down to 0 in a line.
+def train(config: MMDiTConfig, data: Data, parametrization: str = "mup", **how) -> float:
+    """Validation loss after so many steps of AdamW, warmed up, then down to 0 in a line.
 
+    how: of train_mnist.Settings: lr, steps, and seed, of weights, noise, time and dropped captions.
     inf if the run diverges: that is an answer too.
     """
-    torch.manual_seed(seed)
-    model = MMDiT(config).to(data.device)
-    groups = model.param_groups(lr, parametrization=parametrization)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 1) * (1 - step / steps)
-    )
-    batches = data.batches(seed)
-    for _ in range(steps):
-        x, text, t, noise = next(batches)
-        rf.rf_loss(model, x, text, t=t, noise=noise).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    x, text, t, noise = data.validation
+    settings, rows, device = replace(data.settings, **how), data.rows, data.device
+    torch.manual_seed(settings.seed)
+    model = MMDiT(config).to(device)
+    groups = model.param_groups(settings.lr, parametrization=parametrization)
+    adamw = torch.optim.AdamW(groups, betas=train_mnist.BETAS, eps=train_mnist.EPS)
+    for group in adamw.param_groups:
+        group["base_lr"] = group["lr"]
+    generator = torch.Generator(device)
+    for step in range(settings.steps):
+        train_mnist.train_step(model, adamw, rows, settings, step, generator)
+    states, text, u, noise = rows.encode(data.held, device)
+    x, noise, t = rf.line(states, noise, u, shift=settings.shift)
     with torch.no_grad():
         loss = rf.rf_loss(model, x, text, t=t, noise=noise).mean().item()
     return loss if math.isfinite(loss) else math.inf
+
+
+def remembered(path: Path, key: dict, config: MMDiTConfig, data: Data) -> dict:
+    """key and its "loss": from the CSV if it is there, else trained as key says, and appended."""
+    wanted = {name: str(value) for name, value in key.items()}
+    for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
+        if wanted.items() <= row.items():
+            return key | {"loss": float(row["loss"])}
+    how = {name: key[name] for name in ("parametrization", "lr", "steps", "seed") if name in key}
+    row = key | {"loss": train(config, data, **how)}
+    append_row(path, row)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,120 +138,44 @@ def train(
 # ------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict[Cell, float]:
-    """The cells that are done and their losses; none if there is no file."""
-    if not path.is_file():
-        return {}
-    with open(path, newline="") as file:
-        return {
-            Cell(r["dataset"], int(r["steps"]), r["parametrization"], int(r["width"]),
-                 float(r["lr"]), int(r["seed"])): float(r["loss"])
-            for r in csv.DictReader(file)
-        }  # fmt: skip
-
-
-def append(path: Path, cell: Cell, loss: float):
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow([*Cell._fields, "loss"])
-        writer.writerow([*cell, loss])
-
-
-def curve(losses: dict[Cell, float], parametrization: str, width: int) -> dict[float, float]:
-    """lr → mean loss over seeds."""
-    cells = {}
-    for cell, loss in losses.items():
-        if (cell.parametrization, cell.width) == (parametrization, width):
-            cells.setdefault(cell.lr, []).append(loss)
-    return {lr: sum(cells[lr]) / len(cells[lr]) for lr in sorted(cells)}
-
-
-def best(means: dict[float, float]) -> tuple[float, float]:
-    """The learning rate of the lowest loss, and that loss."""
-    return min(means.items(), key=lambda pair: pair[1])
-
-
-def plot(losses: dict[Cell, float], widths: list[int], path: Path):
+def plot(means: pd.DataFrame, path: Path):
+    """means: losses, a row a parametrisation and width, a column a rate. Stars are the best."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    titles = ("standard parametrisation", "muP")
-    for axis, name, title in zip(axes, PARAMETRIZATIONS, titles, strict=True):
-        for i, width in enumerate(widths):
-            means = curve(losses, name, width)
-            color = plt.get_cmap("viridis")(0.9 * i / max(1, len(widths) - 1))
-            axis.plot(list(means), list(means.values()), "o-", color=color, label=f"width {width}")
-            axis.plot(*best(means), "*", color=color, markersize=16)
-        where = "" if name == "standard" else f" at width {widths[0]}"
-        axis.set(xscale="log", xlabel=f"learning rate{where}", title=title)
-    lowest = min(losses.values())
+    lowest, label = means.min(axis=None), "learning rate at the first width"
+    for axis, name in zip(axes, PARAMETRIZATIONS, strict=True):
+        curves = means.loc[name].T
+        curves.plot(ax=axis, logx=True, style="o-", colormap="cool", title=name, xlabel=label)
+        axis.scatter(curves.idxmin(), curves.min(), 200, "black", marker="*", zorder=3)
     axes[0].set(ylabel="validation loss", ylim=(0.95 * lowest, 2.2 * lowest))
-    axes[0].legend()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", default="glyphs", choices=["glyphs", "mnist", "shapes"])
-    add("--data-dir", type=Path, default=Path("data"), help="where MNIST lies or goes")
-    add("--widths", type=int, nargs="+", default=[32, 64, 128, 256],
-        help="multiples of 32; rates are those of the first (default: 32 64 128 256)")  # fmt: skip
-    add("--rates", type=float, nargs="+", default=RATES, help="(default: 0.001 to 0.064, by 2)")
-    add("--steps", type=int, default=400, help="steps of each run, batch 64 (default: 400)")
-    add("--seeds", type=int, default=1, help="runs of each cell (default: 1)")
-    add("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
-    add("--out", type=Path, default=Path("runs/lr_transfer"), help="folder for CSV and PNG")
-    return parser
+@dataclass(frozen=True)
+class Settings(Grid):
+    widths: list[int] = option([], "multiples of 32; rates are those of the first (32 to 256)")
+    rates: list[float] = option([], "(0.001 to 0.064, by 2)", above=0)
+    steps: int = option(400, "steps of each run, batch 64", least=1)
+    out: Path = option(Path("runs/lr_transfer"), "folder for CSV and PNG")
 
 
+@program("experiments.lr_transfer")
 def main(argv: list[str] | None = None):
-    args = build_parser().parse_args(argv)
-    data = dataset(args.dataset, args.data_dir, choose_device(args.device))
-    base = replace(data.config, base_dim=args.widths[0])
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"lr_transfer_{args.dataset}.csv"
-    done = read(path)
-    cells = [
-        Cell(args.dataset, args.steps, name, width, lr, seed)
-        for seed in range(args.seeds)
-        for width in args.widths
-        for name in PARAMETRIZATIONS
-        for lr in args.rates
-    ]
-    todo = [cell for cell in cells if cell not in done]
-    work = [20_000 + cell.width**2 for cell in todo]  # so that the time left is about right
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-    with tqdm(total=sum(work), desc="grid", bar_format=form) as bar:
-        for cell, share in zip(todo, work, strict=True):
-            done[cell] = train(
-                replace(base, dim=cell.width), data, lr=cell.lr, steps=cell.steps, seed=cell.seed,
-                parametrization=cell.parametrization,
-            )  # fmt: skip
-            append(path, cell, done[cell])
-            bar.set_postfix_str(
-                f"{cell.parametrization} width {cell.width} lr {cell.lr:.3g}: {done[cell]:.4f}"
-            )
-            bar.update(share)
-    losses = {cell: done[cell] for cell in cells}
-    print("parametrisation  width  best rate    loss   loss at the first width's best rate")
-    for name in PARAMETRIZATIONS:
-        first = best(curve(losses, name, args.widths[0]))[0]
-        for width in args.widths:
-            means = curve(losses, name, width)
-            rate, loss = best(means)
-            print(f"{name:15} {width:6} {rate:10.4g} {loss:7.4f} {means[first]:9.4f}")
-    plot(losses, args.widths, path.with_suffix(".png"))
+    args = Settings(**parse(Settings, argv, __doc__))
+    path, data, rows = args.csv(f"lr_transfer_{args.dataset}"), Data(args), []
+    widths, rates = args.widths or WIDTHS, args.rates or RATES
+    cells = list(product(range(args.seeds), widths, PARAMETRIZATIONS, rates))
+    for seed, width, name, lr in tqdm(cells, unit="run"):
+        key = {"dataset": args.dataset, "steps": args.steps, "parametrization": name}
+        key |= {"width": width, "lr": lr, "seed": seed}
+        config = replace(data.config, base_dim=widths[0], dim=width)
+        rows.append(remembered(path, key, config, data))
+    means = pd.DataFrame(rows).pivot_table("loss", ["parametrization", "width"], "lr")
+    print(means.assign(best=means.idxmin(axis=1)).to_string(float_format="{:.4g}".format))
+    plot(means, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lr_transfer.py: {error}")
+    main()

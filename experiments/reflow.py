@@ -1,106 +1,84 @@
 """Straight paths: from many steps to one, on chapter 1's digits.
 
-    python train_mnist.py && python experiments/reflow.py runs/mnist
+    python train_mnist.py && python -m experiments.reflow runs/mnist
 
     first      the run itself, guided
-    second     trained on the first one's pairs (pairs.py): straighter paths, guidance folded in
+    second     trained on the first one's pairs (tools.pairs): straighter paths, guidance folded in
     distilled  trained on the second one's pairs, only where the walk begins: one step
     student    --student: a narrower second flow from scratch, its start annealed (SlimFlow)
 
 Then each is read by digit_score.py's CNN at few and many evaluations, by every solver, with
 adaptive RK45 as the reference (if scipy is there). What comes out, in RUN/reflow: the stages' runs,
-reflow.csv, reflow.png (quality and straightness), strip.png (1, 2 and 4 steps of each stage). Every
-stage goes on where it was stopped. --ablate SEEDS instead compares uniform with U-shaped time and
-squared error with pseudo-Huber (RF++, 2405.20320), a row a seed, in ablate.csv.
+reflow.csv, reflow.png (quality and straightness), strip.png (1, 2 and 4 steps of each stage). Pairs
+and runs that are there already stay, and one that was stopped goes on: give the same command again.
+--ablate SEEDS instead compares uniform with U-shaped time and squared error with pseudo-Huber
+(RF++, 2405.20320), a row a seed, in ablate.csv.
 """
 
-import argparse
-import csv
-import json
 import shutil
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from math import nan
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from digit_score import frechet_distance, n_unseen, read, reader_for, shuffled
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
-
-import cpu
-import pairs
 import rf
 import train_mnist
-from data_mnist import OneHotText, load_images, to_bytes
-from measure import draw_strip
-from mmdit import MMDiT, load_model
+from common import pictures
+from common.pipeline import Pipeline, read_facts
+from common.settings import Options, option, parse
+from common.start import begin, choose_device, program
+from experiments.digit_score import Judge
+from mmdit import PRESETS
+from tools import pairs
 
-EVALUATIONS = (1, 2, 4, 8, 16, 32)
-COLUMNS = (
-    "stage", "solver", "steps", "passes", "recognised", "frechet", "frechet_ratio", "straightness",
-)  # fmt: skip
-ABLATE_COLUMNS = ("time", "loss", "seed", "recognised_1", "frechet_1", "recognised_2", "frechet_2")
+EVALUATIONS = (1, 2, 4, 8, 16, 32)  # even, for the solvers that take two a step
 STRAIGHT = 200  # samples for the straightness
-CHECKED = ("steps", "time", "loss", "seed", "anneal", "preset", "pairs_id")  # of a begun stage
 
 # ------------------------------------------------------------------------------------------------
 # The stages
 # ------------------------------------------------------------------------------------------------
 
 
-def make_pairs(args: argparse.Namespace, run: Path, out: Path, steps: int):
-    print(f"{out.name}: {args.number} pairs of {run}", flush=True)
-    options = [run, "--out", out, "--number", args.number, "--steps", steps]
-    options += ["--seed", args.seed, "--device", args.device]
-    pairs.launch(pairs.build_parser().parse_args([str(x) for x in options]))
+def call(main, *words):
+    """Run a program's main, and say how to do so by hand."""
+    print("python -m", main.__module__, *words, flush=True)
+    main([str(word) for word in words])
 
 
-def train(args: argparse.Namespace, out: Path, steps: int, **options):
-    """An ordinary run of train_mnist.py on pairs: a stopped one goes on, a finished one stays."""
-    told = {"out": out, "steps": steps, "device": args.device} | options
-    told |= {"data_dir": args.data_dir} if args.data_dir else {}
+def make_pairs(args: "Settings", run: Path, out: Path, steps: int):
+    options = ("--number", args.number, "--seed", args.seed, "--device", args.device)
+    call(pairs.main, run, "--out", out, "--steps", steps, *options)
+
+
+def train(args: "Settings", out: Path, steps: int, *options, init=()):
+    """An ordinary run of train_mnist.py: new, from the run --init, or continued."""
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = train_mnist.load_checkpoint(checkpoint)
-        begun, asked = state["settings"], told | {"pairs_id": pairs.Pairs(told["pairs"]).id}
-        differs = [f"{k} {begun[k]} there, {asked[k]} here" for k in CHECKED
-                   if k in asked and begun[k] != asked[k]]  # fmt: skip
-        if differs:
-            raise ValueError(f"{out} was begun otherwise ({'; '.join(differs)}): add --overwrite")
-        if state["step"] == steps and (out / "model.safetensors").exists():
-            return
-        told.pop("init", None)  # the checkpoint is further
-    print(f"{out.name}: {steps} steps", flush=True)
-    words = [w for k, v in told.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    words += ["--resume" if checkpoint.exists() else "--overwrite"]
-    run = train_mnist.launch(train_mnist.build_parser().parse_args(words))
-    if run.step < steps:
+    begun = ["--resume"] if checkpoint.exists() else ["--overwrite", *init]
+    where = ("--out", out, "--steps", steps, "--device", args.device)
+    call(train_mnist.main, *where, *begun, *options)
+    if train_mnist.load(checkpoint, "cpu")["step"] < steps:
         raise KeyboardInterrupt  # it has saved and ended its pictures; what follows needs it whole
 
 
-def build_stages(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+def build_stages(args: "Settings", folder: Path) -> dict[str, Path]:
     """name → the folder of its run; made where it is missing."""
-    first = args.run
-    make_pairs(args, first, folder / "pairs", steps=12)
-    how = {"loss": args.loss, "seed": args.seed}
-    second = {"pairs": folder / "pairs", "time": args.time, "sample_steps": 4} | how
-    train(args, folder / "second", args.steps, init=first, **second)
-    make_pairs(args, folder / "second", folder / "pairs2", steps=8)
-    one = {"pairs": folder / "pairs2", "time": "start", "sample_steps": 1} | how
-    train(args, folder / "distilled", args.steps, init=folder / "second", **one)
-    stages = {"first": first, "second": folder / "second", "distilled": folder / "distilled"}
+    stages = {"first": args.run, "second": folder / "second", "distilled": folder / "distilled"}
+    how = ("--loss", args.loss, "--seed", args.seed)
+    make_pairs(args, args.run, folder / "pairs", steps=12)
+    second = ("--data", folder / "pairs", "--time", args.time, "--sample-steps", 4, *how)
+    train(args, stages["second"], args.steps, *second, init=("--init", args.run))
+    make_pairs(args, stages["second"], folder / "pairs2", steps=8)
+    one = ("--data", folder / "pairs2", "--time", "start", *how)
+    train(args, stages["distilled"], args.steps, *one, init=("--init", stages["second"]))
     if args.student:
-        narrow = {"preset": args.student, "anneal": 0.3} | second
-        train(args, folder / "student", 2 * args.steps, **narrow)
         stages["student"] = folder / "student"
+        narrow = ("--preset", args.student, "--anneal", 0.3)
+        train(args, stages["student"], 2 * args.steps, *second, *narrow)
     return stages
 
 
@@ -109,168 +87,92 @@ def build_stages(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------
 
 
-class Judge:
-    """The reader, the real features it is held against, and the fixed noise and labels it asks."""
+@torch.no_grad()
+def rk45(pipeline: Pipeline, captions: list[str], noise: Tensor) -> tuple[Tensor, int, int]:
+    """Adaptive Runge-Kutta on all of it at once (scipy): → x at t = 0, its steps, evaluations."""
+    from scipy.integrate import solve_ivp
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        run = json.loads((args.run / "config.json").read_text())["run"]
-        training, test = load_images(
-            run["dataset"], args.data_dir or run["data_dir"], size=run["size"], seed=run["seed"]
-        )
-        self.device, self.reader = device, reader_for(training, args.cache, device)
-        self.features, _ = read(self.reader, test.images, device)
-        unseen = shuffled(training)[: min(n_unseen(training), args.samples)]
-        real, _ = read(self.reader, training.images[unseen], device)
-        self.real = frechet_distance(real, self.features)
-        self.text = OneHotText(len(training.classes), device)
-        self.labels = torch.arange(args.samples) % self.text.null
-        generator = torch.Generator().manual_seed(1)
-        self.noise = torch.randn(args.samples, *test.images.shape[1:], generator=generator)
+    text, null_text = pipeline.features(captions), pipeline.features([""])
 
-    def ask(self, walk: Callable) -> tuple[float, float, float]:
-        """walk(noise, text) → samples: share recognised, Fréchet distance, over the real one."""
-        parts = [
-            walk(e.to(self.device), self.text(y.to(self.device))).cpu()
-            for e, y in zip(self.noise.split(128), self.labels.split(128), strict=True)
-        ]
-        features, classes = read(self.reader, to_bytes(torch.cat(parts)), self.device)
-        distance = frechet_distance(features, self.features)
-        recognised = (classes == self.labels).double().mean().item()
-        return recognised, distance, distance / self.real
+    def slope(t: float, flat):
+        x = torch.from_numpy(flat).float().view(noise.shape).to(pipeline.device)
+        times = torch.full((len(x),), t, device=x.device)
+        v = rf.guided_velocity(pipeline.model, x, times, text, null_text, pipeline.facts["cfg"])
+        return v.flatten().double().cpu().numpy()
+
+    found = solve_ivp(slope, (1.0, 0.0), noise.flatten().double().numpy(), rtol=1e-3, atol=1e-3)
+    x = torch.from_numpy(found.y[:, -1]).float().view(noise.shape)
+    return x, len(found.t) - 1, found.nfev
 
 
-class Walker(NamedTuple):
-    """A stage's model and how it is sampled."""
-
-    model: MMDiT
-    null_text: Tensor
-    cfg: float
-    shift: float
-
-    def __call__(self, noise: Tensor, text: Tensor, solver: str, steps: int) -> Tensor:
-        return rf.sample(
-            self.model, noise, text, null_text=self.null_text, cfg=self.cfg, shift=self.shift,
-            solver=solver, steps=steps,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def rk45(self, noise: Tensor, text: Tensor) -> tuple[Tensor, int]:
-        """Adaptive Runge-Kutta on the whole batch at once (scipy), and its evaluations."""
-        from scipy.integrate import solve_ivp
-
-        def slope(t: float, flat: np.ndarray) -> np.ndarray:
-            x = torch.from_numpy(flat).float().view(noise.shape).to(noise.device)
-            times = torch.full((len(x),), t, device=x.device)
-            v = rf.guided_velocity(self.model, x, times, text, self.null_text, self.cfg)
-            return v.flatten().double().cpu().numpy()
-
-        start = noise.flatten().double().cpu().numpy()
-        found = solve_ivp(slope, (1.0, 0.0), start, rtol=1e-3, atol=1e-3)
-        return torch.from_numpy(found.y[:, -1]).float().view(noise.shape), found.nfev
-
-
-def walker_of(folder: Path, judge: Judge) -> Walker:
-    run = json.loads((folder / "config.json").read_text())["run"]
-    model = load_model(folder, judge.device)
-    return Walker(model, judge.text.null_text, run["cfg"], run["shift"])
-
-
-def score_stage(name: str, folder: Path, judge: Judge) -> list[tuple]:
+def score_stage(stage: str, pipeline: Pipeline, judge: Judge) -> pd.DataFrame:
     """A row a solver and number of evaluations. The distilled flow is a map for one step alone."""
-    walker = walker_of(folder, judge)
-    guided = 1 if walker.cfg == 1 else 2  # network passes of an evaluation
-    if name == "distilled":
-        return [(name, "euler", 1, 1, *judge.ask(partial(walker, solver="euler", steps=1)), "")]
-    few = slice(0, STRAIGHT)
-    bend = rf.straightness(
-        walker.model, judge.noise[few].to(judge.device),
-        judge.text(judge.labels[few].to(judge.device)), null_text=walker.null_text,
-        cfg=walker.cfg, steps=50,
-    ).mean().item()  # fmt: skip
-    rows = []
-    for solver, evaluations in product(rf.SOLVERS, EVALUATIONS):
-        if solver != "euler" and evaluations == 1:
-            continue
-        steps = evaluations if solver == "euler" else evaluations // 2
-        used = 2 * steps - 1 if solver == "heun" else evaluations
-        found = judge.ask(partial(walker, solver=solver, steps=steps))
-        rows.append((name, solver, steps, guided * used, *found, bend))
-    if find_spec("scipy") is None:
-        print("no RK45: pip install scipy")
-        return rows
-    used = []
+    cfg, rows, bend = pipeline.facts["cfg"], [], nan
+    guided = 1 if cfg == 1 else 2  # network passes of an evaluation
 
-    def reference(noise: Tensor, text: Tensor) -> Tensor:
-        x, evaluations = walker.rk45(noise, text)
-        used.append(evaluations)
-        return x
+    def add(solver: str, steps: int, evaluations: int, drawn: Tensor):
+        recognised, distance = judge.score(drawn, judge.labels)
+        ratio = distance / judge.real[1]
+        passes = guided * evaluations
+        rows.append((stage, solver, steps, passes, recognised, distance, ratio, bend))
 
-    found = judge.ask(reference)
-    rows.append((name, "rk45", "", guided * round(np.mean(used)), *found, bend))
-    return rows
+    if stage == "distilled":
+        add("euler", 1, 1, pipeline.draw(judge.captions, judge.noise, steps=1))
+    else:
+        few, null_text = judge.noise[:STRAIGHT].to(pipeline.device), pipeline.features([""])
+        text, how = pipeline.features(judge.captions[:STRAIGHT]), {"cfg": cfg, "steps": 50}
+        curved = rf.straightness(pipeline.model, few, text, null_text=null_text, **how)
+        bend = curved.mean().item()
+        for solver, n in product(rf.SOLVERS, EVALUATIONS):
+            steps = n if solver == "euler" else n // 2
+            if steps:
+                drawn = pipeline.draw(judge.captions, judge.noise, solver=solver, steps=steps)
+                add(solver, steps, n - (solver == "heun"), drawn)  # its last step is Euler's
+        if find_spec("scipy"):
+            x, *used = rk45(pipeline, judge.captions, judge.noise)
+            add("rk45", *used, pipeline.image.decode(x))
+        else:
+            print("no RK45: pip install scipy")
+    names = "stage solver steps passes recognised frechet frechet_ratio straightness"
+    table = pd.DataFrame(rows, columns=names.split())
+    print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
+    return table
 
 
 # ------------------------------------------------------------------------------------------------
-# Table and pictures
+# Pictures
 # ------------------------------------------------------------------------------------------------
 
 
-def show(rows: list[tuple]):
-    for row in rows:
-        stage, solver, steps, passes, recognised, distance, ratio, bend = row
-        bend = f"{bend:.2f}" if bend != "" else ""
-        print(
-            f"{stage:>10} {solver:>10} {steps!s:>10} {passes:>10} {recognised:>10.1%}"
-            f" {distance:>10.2f} {ratio:>13.2f} {bend:>12}", flush=True
-        )  # fmt: skip
-
-
-def plot(rows: list[tuple], path: Path):
+def plot(table: pd.DataFrame, path: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    stages = list(dict.fromkeys(row[0] for row in rows))
-    for k, stage in enumerate(stages):
-        for solver, style in {"euler": "o-", "rf_solver": "s:"}.items():
-            mine = [row for row in rows if row[:2] == (stage, solver)]
-            passes = [row[3] for row in mine]
-            for axis, column, scale in ((axes[0], 4, 100), (axes[1], 5, 1)) if mine else ():
-                axis.plot(passes, [scale * row[column] for row in mine], style, color=f"C{k}",
-                          ms=4, label=f"{stage}, {solver}")  # fmt: skip
-        for row in (row for row in rows if row[:2] == (stage, "rk45")):
-            for axis, column, scale in ((axes[0], 4, 100), (axes[1], 5, 1)):
-                axis.plot(row[3], scale * row[column], "*", color=f"C{k}", ms=10)
-    axes[0].set(ylabel="recognised (%)", xscale="log", xlabel="network passes a sample (★ RK45)")
-    axes[1].set(ylabel="Fréchet distance", xscale="log", yscale="log",
-                xlabel="network passes a sample (★ RK45)")  # fmt: skip
-    axes[0].legend(fontsize=7)
-    bends = {row[0]: (row[7], f"C{stages.index(row[0])}") for row in rows if row[7] != ""}
-    bars = axes[2].bar(
-        list(bends), [b for b, _ in bends.values()], color=[c for _, c in bends.values()]
-    )
-    axes[2].bar_label(bars, fmt="%.1f", fontsize=8)
+    styles = {"euler": "o-", "rf_solver": "s:", "rk45": "*"}
+    for k, (stage, rows) in enumerate(table.groupby("stage", sort=False)):
+        for solver, found in rows.groupby("solver", sort=False):
+            for axis, column in zip(axes, ("recognised", "frechet"), strict=False):
+                if solver in styles:
+                    how = {"color": f"C{k}", "label": f"{stage}, {solver}"}
+                    axis.plot(found.passes, found[column], styles[solver], **how)
+        bar = axes[2].bar(stage, rows.straightness.iloc[0], color=f"C{k}")
+        axes[2].bar_label(bar, fmt="%.1f")
+    axes[0].set(ylabel="share recognised", xscale="log", xlabel="network passes a sample")
+    axes[1].set(ylabel="Fréchet distance", xscale="log", yscale="log", xlabel="network passes")
     axes[2].set(title="straightness (0: straight)")
+    axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def plot_strip(stages: dict[str, Path], judge: Judge, path: Path):
+def plot_strip(pipelines: dict[str, Pipeline], judge: Judge, path: Path):
     """A row a stage and number of steps, a column a class; the same noise everywhere."""
-    n = min(10, judge.text.null)
-    noise, text = judge.noise[:n].to(judge.device), judge.text(judge.labels[:n].to(judge.device))
-    lines = [
-        (f"{name}, {steps} step{'s' * (steps > 1)}",
-         to_bytes(walker_of(folder, judge)(noise, text, "euler", steps)))
-        for name, folder in stages.items()
-        for steps in ((1,) if name == "distilled" else (1, 2, 4))
-    ]  # fmt: skip
-    draw_strip(lines, path)
-
-
-def write(path: Path, columns: tuple[str, ...], rows: list[tuple]):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    print(f"wrote {path}", flush=True)
+    captions, drawn, beside = judge.captions[:10], [], []
+    for name, pipeline in pipelines.items():
+        for steps in (1,) if name == "distilled" else (1, 2, 4):
+            drawn.append(pipeline.draw(captions, judge.noise[:10], steps=steps))
+            beside.append(f"{name}, {steps} step{'s' * (steps > 1)}")
+    pictures.sheet(torch.cat(drawn), len(captions), path, captions, beside, inches=0.85)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,26 +180,25 @@ def write(path: Path, columns: tuple[str, ...], rows: list[tuple]):
 # ------------------------------------------------------------------------------------------------
 
 
-def ablate(args: argparse.Namespace, folder: Path, judge: Judge) -> list[tuple]:
+def ablate(args: "Settings", folder: Path, judge: Judge) -> pd.DataFrame:
     """One and two Euler steps of second flows that differ in time, loss and seed alone."""
     make_pairs(args, args.run, folder / "pairs", steps=12)
     rows = []
     for where, loss, seed in product(("uniform", "u_shaped"), rf.LOSSES, args.ablate):
         out = folder / "ablate" / f"{where} {loss} {seed}"
-        how = {"time": where, "loss": loss, "seed": seed, "sample_steps": 4}
-        train(args, out, args.ablate_steps, pairs=folder / "pairs", init=args.run, **how)
-        walker = walker_of(out, judge)
-        found = []
-        for steps in (1, 2):
-            found += judge.ask(partial(walker, solver="euler", steps=steps))[:2]
-        rows.append((where, loss, seed, *found))
-        print("  ".join(str(x) for x in rows[-1]), flush=True)
-    for where, loss in product(("uniform", "u_shaped"), rf.LOSSES):
-        mine = np.array([row[3:] for row in rows if row[:2] == (where, loss)])
-        mean, spread = mine.mean(0), mine.std(0, ddof=1) if len(mine) > 1 else mine[0] * 0
-        cells = (f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
-        print(f"{where:>10} {loss:>13} {'  '.join(cells)}")
-    return rows
+        how = ("--time", where, "--loss", loss, "--seed", seed, "--sample-steps", 4)
+        how += ("--data", folder / "pairs")
+        train(args, out, args.ablate_steps, *how, init=("--init", args.run))
+        pipeline = Pipeline.open(out, judge.device)
+        row = {"time": where, "loss": loss, "seed": seed}
+        for n in (1, 2):
+            drawn = pipeline.draw(judge.captions, judge.noise, steps=n)
+            row[f"recognised_{n}"], row[f"frechet_{n}"] = judge.score(drawn, judge.labels)
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    over_seeds = table.drop(columns="seed").groupby(["time", "loss"], sort=False)
+    print(over_seeds.agg(["mean", "std"]).to_string(float_format="{:.3f}".format))
+    return table
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,67 +206,44 @@ def ablate(args: argparse.Namespace, folder: Path, judge: Judge) -> list[tuple]:
 # ------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a finished run of train_mnist.py")
-    add("--data-dir", type=Path, help="of the images (default: where the run had them)")
-    add("--number", type=int, default=20_000, help="pairs (default: 20000)")
-    add("--steps", type=int, default=8000, help="training steps of a stage (default: 8000)")
-    add("--time", default="u_shaped", choices=rf.TIME_DISTRIBUTIONS, help="(default: u_shaped)")
-    add("--loss", default="pseudo_huber", choices=rf.LOSSES, help="(default: pseudo_huber)")
-    add("--student", metavar="PRESET", help="also a smaller flow, say digits-narrow")
-    add("--ablate", type=int, nargs="+", metavar="SEED", help="compare time and loss instead")
-    add("--ablate-steps", type=int, default=1500, help="training steps of each (default: 1500)")
-    add("--samples", type=int, default=1000, help="that the CNN reads (default: 1000)")
-    add("--cache", type=Path, default=Path("runs/readers"), help="where CNNs are kept")
-    add("--seed", type=int, default=0, help="of pairs and training (default: 0)")
-    add("--overwrite", action="store_true", help="begin anew: delete RUN/reflow")
-    add("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
-    return parser
+@dataclass(frozen=True)
+class Settings(Options):
+    run: Path = option(None, "a finished run of train_mnist.py", positional=True)
+    data_dir: Path = option(Path("data"), "of the real images")
+    number: int = option(20_000, "pairs", least=1)
+    steps: int = option(8000, "training steps of a stage", least=1)
+    time: str = option("u_shaped", "where", choices=rf.TIME_DISTRIBUTIONS)
+    loss: str = option("pseudo_huber", "mse or pseudo_huber", choices=rf.LOSSES)
+    student: str | None = option(None, "also a smaller flow, say digits-narrow", choices=PRESETS)
+    ablate: list[int] = option([], "compare time and loss instead, at these seeds")
+    ablate_steps: int = option(1500, "training steps of each", least=1)
+    samples: int = option(1000, "that the CNN reads", least=2)
+    cache: Path = option(Path("runs/readers"), "where CNNs are kept")
+    seed: int = option(0, "of pairs and training", least=0)
+    overwrite: bool = option(False, "begin anew: delete RUN/reflow")
+    device: str = option("auto", "auto, cpu, mps or cuda")
 
 
-def launch(args: argparse.Namespace) -> list[tuple]:
-    started, device = time.time(), train_mnist.choose_device(args.device)
-    if not (args.run / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{args.run} holds no finished run: python train_mnist.py")
-    if "dataset" not in json.loads((args.run / "config.json").read_text()).get("run", {}):
-        raise ValueError(f"{args.run} is no run of train_mnist.py")
-    if args.samples < 2:
-        raise ValueError(f"--samples {args.samples} must be at least 2")
-    folder = args.run / "reflow"
+@program("experiments.reflow")
+def main(argv: list[str] | None = None):
+    args = Settings(**parse(Settings, argv, __doc__))
+    device, folder = choose_device(args.device), args.run / "reflow"
+    begin(device)
+    source = read_facts(args.run)["source"]
+    judge = Judge(source, args.data_dir, args.cache, args.samples, device)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
-    judge = Judge(args, device)
     if args.ablate:
-        rows = ablate(args, folder, judge)
-        write(folder / "ablate.csv", ABLATE_COLUMNS, rows)
-        return rows
-    stages, rows = build_stages(args, folder), []
-    print(" ".join(f"{c:>10}" for c in COLUMNS), flush=True)
-    for name, path in stages.items():
-        found = score_stage(name, path, judge)
-        show(found)
-        rows += found
-    write(folder / "reflow.csv", COLUMNS, rows)
-    plot(rows, folder / "reflow.png")
-    plot_strip(stages, judge, folder / "strip.png")
-    print(f"wrote {folder}/reflow.png and strip.png ({time.time() - started:.0f} s)")
-    return rows
-
-
-def main(argv: list[str] | None = None):
-    args = build_parser().parse_args(argv)
-    cpu.tune()
-    try:
-        return launch(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"reflow.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("reflow.py: interrupted; the same command goes on from here")
+        table, path = ablate(args, folder, judge), folder / "ablate.csv"
+    else:
+        stages, path = build_stages(args, folder), folder / "reflow.csv"
+        pipelines = {name: Pipeline.open(run, device) for name, run in stages.items()}
+        table = pd.concat([score_stage(*each, judge) for each in pipelines.items()])
+        plot(table, folder / "reflow.png")
+        plot_strip(pipelines, judge, folder / "strip.png")
+    table.to_csv(path, index=False)
+    print(f"wrote {path} and what else is in {folder}")
 
 
 if __name__ == "__main__":

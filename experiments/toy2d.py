@@ -1,36 +1,33 @@
 """Paths in the plane: why they bend, and how reflow straightens them. The classroom opener.
 
-    python experiments/toy2d.py                         eight Gaussians, two moons, checkerboard
-    python experiments/toy2d.py --sets moons --source gaussians       from data to data
-    python experiments/toy2d.py --lagrangian            also a flow map, learned without a teacher
+    python -m experiments.toy2d                         eight Gaussians, two moons, checkerboard
+    python -m experiments.toy2d --sets moons --source gaussians       from data to data
+    python -m experiments.toy2d --lagrangian            also a flow map, learned without a teacher
 
 For each set a small MLP learns the first rectified flow (any noise with any data: lines cross, so
 paths bend), then the second, from the pairs that the first one makes (lines no longer cross). Flow,
 solver, straightness and transport cost are rf.py's own. What comes out, in --out: toy2d.csv, paths
-and samples as SET.png, and the walk from noise to data as SET.gif and SET.html, a page with a time
-slider that needs no network.
+and samples as SET.png, and the way from noise to data as SET.gif.
 
 Shapes: B points, (B, 2) each.
 """
 
-import argparse
-import csv
-import re
-import sys
-import time
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules one folder up
-
 import rf
-from data_mnist import mix_seed
+from common.settings import Options, option, parse
+from common.start import program
 
 STEPS = 50  # of the Euler walks that are called "many steps"
 BATCH = 512
@@ -40,10 +37,6 @@ COLUMNS = ("set", "source", "flow", "straightness", "cost", "energy_1", "energy_
 # ------------------------------------------------------------------------------------------------
 # Distributions: n points by a generator, about unit size
 # ------------------------------------------------------------------------------------------------
-
-
-def noise(n: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.standard_normal((n, 2))
 
 
 def gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -69,12 +62,12 @@ def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 SETS = {"gaussians": gaussians, "moons": moons, "checkerboard": checkerboard}
-SOURCES = {"noise": noise} | SETS
+SOURCES = SETS | {"noise": lambda n, rng: rng.standard_normal((n, 2))}
 
 
 def draw(name: str, n: int, seed: int, purpose: str) -> Tensor:
     """(n, 2) fp32 points of a distribution, by (seed, purpose) alone."""
-    rng = np.random.default_rng(mix_seed(seed, purpose, 0))
+    rng = np.random.default_rng(rf.mix_seed(seed, purpose, 0))
     return torch.from_numpy(SOURCES[name](n, rng)).float()
 
 
@@ -84,62 +77,59 @@ def draw(name: str, n: int, seed: int, purpose: str) -> Tensor:
 
 
 class MLP(nn.Module):
-    """velocity = MLP(x, t); text is taken and ignored: to rf.py a model like any other."""
+    """velocity = MLP()(x, t); text is taken and ignored: to rf.py a model like any other."""
 
-    def __init__(self, width: int = 128):
+    def __init__(self, times: int = 1):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2 + 7, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
-        )  # fmt: skip
+        sizes = [2 + 7 * times, 128, 128, 128, 2]
+        layers = [layer for size in pairwise(sizes) for layer in (nn.Linear(*size), nn.SiLU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def velocity(self, x: Tensor, *times: Tensor) -> Tensor:
+        waves = [f(k * t) for t in times for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
+        return self.layers(torch.cat([x, torch.stack([*times, *waves], 1)], 1))
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
-        waves = [f(k * t) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
-        return self.layers(torch.cat([x, torch.stack([t, *waves], 1)], 1))
+        return self.velocity(x, t)
 
 
-def train(
-    pairs: Callable[[int], tuple[Tensor, Tensor]], steps: int, seed: int,
-    start: MLP | None = None,
-) -> MLP:  # fmt: skip
-    """A flow between the two sides of pairs(step) → data, source: Adam, the rate down a line."""
-    torch.manual_seed(seed)
-    model = MLP()
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+def fit(model: nn.Module, steps: int, loss: Callable):
+    """Adam on loss(step) (B,), its rate down a line to 0 → the model, with averaged weights."""
     adam = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
-    average = rf.PowerEMA(list(model.parameters()), 0.10)
-    generator = torch.Generator().manual_seed(mix_seed(seed, "time", 0))
+    rf.keep_averages(adam, [0.10])
     for step in range(steps):
-        data, source = pairs(step)
-        t = rf.sample_time(len(data), distribution="uniform", stratified=True, generator=generator)
         adam.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        rf.rf_loss(model, data, data, t=t, noise=source).mean().backward()
+        loss(step).mean().backward()
         adam.step()
         adam.zero_grad()
-        average.update(step + 1)
-    average.copy_to(list(model.parameters()))
-    return model.eval()
+    rf.exchange_averages(adam, rf.average_name(0.10))
+    return model
 
 
-def flows(args: argparse.Namespace, name: str) -> dict[str, MLP]:
-    """First rectified flow from any pairs, second from the pairs that the first one makes."""
+def train(model: MLP, rows: Iterator, args) -> MLP:
+    """A flow from rows of states (B, K + 1, 2) and fresh source (B, 2), see rf.line."""
+    generator = torch.Generator().manual_seed(rf.mix_seed(args.seed, "time", 0))
+
+    def loss(step):
+        states, source = next(rows)
+        data, source, t = rf.line(states, source, rf.spread(BATCH, generator), time="uniform")
+        return rf.rf_loss(model, data, data, t=t, noise=source)
+
+    return fit(model, args.steps, loss)
+
+
+def flows(args, name: str) -> dict:
+    """name → MLP: the first rectified flow from any pairs, the second from the first's pairs."""
     n = args.steps * BATCH
-    data, source = (
-        draw(which, n, args.seed, f"train {name} {k}").split(BATCH)
-        for k, which in enumerate((name, args.source))
-    )
-    first = train(lambda step: (data[step], source[step]), args.steps, args.seed)
+    data = draw(name, n, args.seed, f"train {name} 0")[:, None].split(BATCH)
+    source = draw(args.source, n, args.seed, f"train {name} 1").split(BATCH)
+    torch.manual_seed(args.seed)
+    first = train(MLP(), zip(data, source, strict=True), args)
     start = draw(args.source, 40 * BATCH, args.seed, f"pairs {name}")
     states = rf.reflow_states(first, start, start, steps=STEPS // 2, solver="rf_solver")
-    start, end = states[:, 0], states[:, 1]
-    rng = np.random.default_rng(mix_seed(args.seed, "order", 0))
-
-    def reflowed(step: int) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(rng.integers(len(start), size=BATCH))
-        return end[rows], start[rows]
-
-    return {"first": first, "second": train(reflowed, args.steps, args.seed, start=first)}
+    rng = np.random.default_rng(rf.mix_seed(args.seed, "order", 0))
+    pairs = ((states[rng.integers(len(states), size=BATCH)], fresh) for fresh in source)
+    return {"first": first, "second": train(copy.deepcopy(first), pairs, args)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -147,25 +137,17 @@ def flows(args: argparse.Namespace, name: str) -> dict[str, MLP]:
 # ------------------------------------------------------------------------------------------------
 
 
-class FlowMap(nn.Module):
+class FlowMap(MLP):
     """X(x, s, t) = x + (t − s)·u(x, s, t): from where a path is at time s to where it is at t.
 
     As t → s the mean velocity u becomes the flow's own, u(x, s, s) = v(x, s).
     """
 
     def __init__(self):
-        super().__init__()
-        self.mlp = MLP()
-        self.mlp.layers[0] = nn.Linear(2 + 14, self.mlp.layers[0].out_features)
-
-    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        waves = [
-            f(k * time) for time in (s, t) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)
-        ]
-        return self.mlp.layers(torch.cat([x, torch.stack([s, t, *waves], 1)], 1))
+        super().__init__(times=2)
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return x + (t - s)[:, None] * self.mean_velocity(x, s, t)
+        return x + (t - s)[:, None] * self.velocity(x, s, t)
 
 
 def lagrangian_loss(
@@ -177,39 +159,35 @@ def lagrangian_loss(
     own diagonal for v, its gradient stopped (the paper's Algorithm for LSD): no teacher is needed.
     """
     x, target = rf.interpolate(data, source, r), rf.velocity_target(data, source)
-    matching = (flow.mean_velocity(x, r, r) - target).square().sum(1)
+    matching = (flow.velocity(x, r, r) - target).square().sum(1)
     x = rf.interpolate(data, source, s)
-    ones = torch.ones_like(t)
-    end, slope = torch.func.jvp(lambda time: flow(x, s, time), (t,), (ones,))
-    velocity = flow.mean_velocity(end, t, t).detach()
+    end, slope = torch.func.jvp(lambda time: flow(x, s, time), (t,), (torch.ones_like(t),))
+    velocity = flow.velocity(end, t, t).detach()
     return matching + (slope - velocity).square().sum(1)
 
 
-def train_flow_map(args: argparse.Namespace, name: str, steps: int) -> FlowMap:
+def flow_map(args, name: str) -> FlowMap:
+    """A trained one: no teacher, so it takes twice the steps."""
+    generator = torch.Generator().manual_seed(rf.mix_seed(args.seed, "flow map", 0))
     torch.manual_seed(args.seed)
     flow = FlowMap()
-    adam = torch.optim.Adam(flow.parameters(), lr=3e-3, betas=(0.9, 0.99))
-    average = rf.PowerEMA(list(flow.parameters()), 0.10)
-    generator = torch.Generator().manual_seed(mix_seed(args.seed, "flow map", 0))
-    data = draw(name, steps * BATCH, args.seed, f"flow map data {name}").split(BATCH)
-    source = draw(args.source, steps * BATCH, args.seed, f"flow map source {name}").split(BATCH)
-    for step in range(steps):
+
+    def loss(step):
+        data = draw(name, BATCH, args.seed, f"flow map data {step}")
+        source = draw(args.source, BATCH, args.seed, f"flow map source {step}")
         r, s, t = torch.rand(3, BATCH, generator=generator)
         s, t = torch.maximum(s, t), torch.minimum(s, t)  # towards the data
-        adam.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        lagrangian_loss(flow, data[step], source[step], r, s, t).mean().backward()
-        adam.step()
-        adam.zero_grad()
-        average.update(step + 1)
-    average.copy_to(list(flow.parameters()))
-    return flow.eval()
+        return lagrangian_loss(flow, data, source, r, s, t)
+
+    return fit(flow, 2 * args.steps, loss)
 
 
 @torch.no_grad()
 def walk_map(flow: FlowMap, x: Tensor, steps: int) -> Tensor:
     """Source → data in `steps` jumps of the map."""
-    for s, t in pairwise(rf.timesteps(steps)):
-        x = flow(x, torch.full((len(x),), s), torch.full((len(x),), t))
+    times = torch.tensor(rf.timesteps(steps))[:, None].expand(-1, len(x))  # (steps + 1, B)
+    for s, t in pairwise(times):
+        x = flow(x, s, t)
     return x
 
 
@@ -227,28 +205,24 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return float((2 * mean[0] - mean[1] - mean[2]).clamp(min=0).sqrt())
 
 
-def measure(args: argparse.Namespace, name: str, models: dict[str, MLP]) -> list[dict]:
-    start = draw(args.source, POINTS, args.seed, f"measure {name}")
+def measure(args, name: str, models: dict, start: Tensor, data: Tensor) -> list[dict]:
+    """A row for real points and any pairs, one a flow, and with --lagrangian one for the map."""
     real = draw(name, 4 * POINTS, args.seed, f"real {name}")
-    rows = []
-    any_data = draw(name, POINTS, args.seed, f"cost {name}")
-    cost = float(rf.transport_cost(any_data, start).mean())
-    rows.append({"flow": "real", "cost": cost, "energy_many": energy_distance(any_data, real)})
+
+    def energies(walk):
+        steps = {"energy_1": 1, "energy_2": 2, "energy_many": STEPS}
+        return {column: energy_distance(walk(steps=n), real) for column, n in steps.items()}
+
+    cost = float(rf.transport_cost(data, start).mean())
+    rows = [{"flow": "real", "cost": cost, "energy_many": energy_distance(data, real)}]
     for flow, model in models.items():
-        row = {"flow": flow}
-        row["straightness"] = float(rf.straightness(model, start, start, steps=STEPS).mean())
-        for label, steps in {"1": 1, "2": 2, "many": STEPS}.items():
-            end = rf.sample(model, start, start, steps=steps)
-            row[f"energy_{label}"] = energy_distance(end, real)
+        straightness = float(rf.straightness(model, start, start, steps=STEPS).mean())
         end = rf.sample(model, start, start, steps=STEPS, solver="rf_solver")
-        row["cost"] = float(rf.transport_cost(end, start).mean())
-        rows.append(row)
+        cost = float(rf.transport_cost(end, start).mean())
+        row = {"flow": flow, "straightness": straightness, "cost": cost}
+        rows.append(row | energies(partial(rf.sample, model, start, start)))
     if args.lagrangian:
-        flow = train_flow_map(args, name, 2 * args.steps)
-        rows.append({"flow": "flow map"} | {
-            f"energy_{label}": energy_distance(walk_map(flow, start, steps), real)
-            for label, steps in {"1": 1, "2": 2, "many": 8}.items()
-        })  # fmt: skip
+        rows.append({"flow": "map"} | energies(partial(walk_map, flow_map(args, name), start)))
     return [{"set": name, "source": args.source} | row for row in rows]
 
 
@@ -257,77 +231,43 @@ def measure(args: argparse.Namespace, name: str, models: dict[str, MLP]) -> list
 # ------------------------------------------------------------------------------------------------
 
 
-def limits(axes, points: Tensor):
-    reach = float(points.abs().quantile(0.995)) + 0.4
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
+def panel(axis, title: str, walk: Tensor, reach: float):
+    """A square from −reach to reach with the paths of a few points, walk (steps + 1, B, 2)."""
+    axis.plot(*walk[:, :60].unbind(2), color="0.7", lw=0.6)
+    axis.set_title(title, fontsize=9)
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
 
 
-def plot_paths(args: argparse.Namespace, name: str, models: dict[str, MLP], path: Path):
-    """Left the lines that training draws, then each flow's paths, then one step of each."""
+def show(args, name: str, models: dict, start: Tensor, data: Tensor):
+    """SET.png: left the lines that training draws, then each flow's paths, then one step of each.
+    SET.gif: the way of many points, both flows side by side."""
     import matplotlib.pyplot as plt
+    from matplotlib.animation import PillowWriter
 
-    start = draw(args.source, POINTS, args.seed, f"measure {name}")
-    data = draw(name, POINTS, args.seed, f"cost {name}")
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.3), layout="constrained")
-    few = 60
-    axes[0].plot(*torch.stack([start[:few], data[:few]]).unbind(2), color="0.7", lw=0.6)
-    axes[0].set_title("any pairs: lines cross", fontsize=9)
-    for axis, (flow, model) in zip(axes[1:3], models.items(), strict=True):
-        walk = rf.sample(model, start[:few], start[:few], steps=STEPS, return_trajectory=True)
-        axis.plot(*walk.unbind(2), color="0.6", lw=0.6)
-        axis.scatter(*walk[-1].T, s=4, color="C0", zorder=3)
-        axis.set_title(f"paths of the {flow} rectified flow", fontsize=9)
-    for axis, (flow, model) in zip(axes[3:], models.items(), strict=True):
-        axis.scatter(*data.T, s=1, color="0.85")
-        axis.scatter(*rf.sample(model, start, start, steps=1).T, s=1, color="C1")
-        axis.set_title(f"one step of the {flow}", fontsize=9)
-    for axis in axes:
-        limits(axis, torch.cat([start, data]))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def animate(args: argparse.Namespace, name: str, models: dict[str, MLP], folder: Path):
-    """The walk of many points, first and second flow side by side: a GIF, a page with a slider."""
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
-
-    points, frames = 600, 20
-    start = draw(args.source, points, args.seed, f"animation {name}")
-    figure, axes = plt.subplots(1, 2, figsize=(5.6, 3), layout="constrained")
-    walks, dots = [], []
-    for axis, (flow, model) in zip(axes, models.items(), strict=True):
-        walk = rf.sample(model, start, start, steps=frames, return_trajectory=True)
-        axis.plot(*walk[:, :40].unbind(2), color="0.8", lw=0.6)
-        limits(axis, torch.cat([walk[0], walk[-1]]))
-        axis.set_title(f"{flow} rectified flow", fontsize=9)
-        walks.append(walk)
-        dots.append(axis.scatter(*walk[0].T, s=3, color="C0"))
-    title = figure.supxlabel("t = 1.00", fontsize=9)
-
-    def show(frame: int):
-        for dot, walk in zip(dots, walks, strict=True):
-            dot.set_offsets(walk[frame].numpy())
-        title.set_text(f"t = {1 - frame / frames:.2f}   (1 {args.source}, 0 {name})")
-        return [*dots, title]
-
-    film = FuncAnimation(figure, show, frames=frames + 1, interval=120)
-    film.save(folder / f"{name}.gif", PillowWriter(fps=8), dpi=80)
-    page = self_contained(film.to_jshtml(fps=8, default_mode="loop"))
-    (folder / f"{name}.html").write_text(page, encoding="utf-8")
-    plt.close(figure)
-
-
-ICONS = {  # of the player's buttons
-    "minus": "−", "fast-backward": "|◀", "step-backward": "◁", "play fa-flip-horizontal": "◀",
-    "pause": "❚❚", "play": "▶", "step-forward": "▷", "fast-forward": "▶|", "plus": "+",
-}  # fmt: skip
-
-
-def self_contained(page: str) -> str:
-    """Matplotlib's player without the icon font that it would fetch: signs on the buttons."""
-    page = re.sub(r"<link[^>]*>", '<meta charset="utf-8">', page)
-    return re.sub(r'<i class="fa fa-([^"]*)"></i>', lambda icon: ICONS.get(icon[1], "•"), page)
+    reach = float(torch.cat([start, data]).abs().quantile(0.995)) + 0.4
+    still, axes = plt.subplots(1, 5, figsize=(15, 3.3), layout="constrained")
+    film, squares = plt.subplots(1, 2, figsize=(5.6, 3), layout="constrained")
+    panel(axes[0], "any pairs: lines cross", torch.stack([start, data]), reach)
+    moving = []
+    for i, (flow, model) in enumerate(models.items()):
+        walk = rf.sample(model, start, start, steps=STEPS, return_trajectory=True)
+        paths, step, square = axes[1 + i], axes[3 + i], squares[i]
+        panel(paths, f"paths of the {flow} rectified flow", walk, reach)
+        paths.scatter(*walk[-1, :60].T, s=4, color="C0", zorder=3)
+        panel(step, f"one step of the {flow}", walk[:0], reach)
+        step.scatter(*data.T, s=1, color="0.85")
+        step.scatter(*rf.sample(model, start, start, steps=1).T, s=1, color="C1")
+        panel(square, f"{flow} rectified flow", walk, reach)
+        moving.append((square.scatter(*walk[0].T, s=2, color="C0"), walk))
+    still.savefig(args.out / f"{name}.png", dpi=100)
+    label, writer = film.supxlabel(""), PillowWriter(fps=8)
+    with writer.saving(film, args.out / f"{name}.gif", dpi=80):
+        for frame in range(0, STEPS + 1, 2):
+            for dots, walk in moving:
+                dots.set_offsets(walk[frame, :600])
+            label.set_text(f"t = {1 - frame / STEPS:.2f}   (1 {args.source}, 0 {name})")
+            writer.grab_frame()
+    plt.close("all")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -335,52 +275,31 @@ def self_contained(page: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="(default: all)")
-    add("--source", choices=SOURCES, default="noise", help="where paths begin (default: noise)")
-    add("--steps", type=int, default=2000, help="training steps of each flow (default: 2000)")
-    add("--lagrangian", action="store_true", help="also the self-distilled flow map")
-    add("--seed", type=int, default=0, help="of everything (default: 0)")
-    add("--no-film", action="store_true", help="leave out the GIF and the page")
-    add("--out", type=Path, default=Path("runs/toy2d"), help="folder (default: runs/toy2d)")
-    return parser
+@dataclass(frozen=True)
+class Settings(Options):
+    sets: list[str] = option(list(SETS), "which", choices=SETS)
+    source: str = option("noise", "where paths begin: noise, or a set", choices=SOURCES)
+    steps: int = option(2000, "training steps of each flow", least=1)
+    lagrangian: bool = option(False, "also the self-distilled flow map")
+    seed: int = option(0, "of everything", least=0)
+    out: Path = option(Path("runs/toy2d"), "folder")
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    args = build_parser().parse_args(argv)
-    for key, least in {"steps": 1, "seed": 0}.items():
-        if getattr(args, key) < least:
-            sys.exit(f"toy2d.py: --{key} {getattr(args, key)} must be at least {least}")
-    try:
-        return run(args)
-    except OSError as error:
-        sys.exit(f"toy2d.py: {error}")
-
-
-def run(args: argparse.Namespace) -> list[dict]:
-    started, rows = time.time(), []
+@program("experiments.toy2d")
+def main(argv: list[str] | None = None):
+    args = Settings(**parse(Settings, argv, __doc__))
     args.out.mkdir(parents=True, exist_ok=True)
-    print("  ".join(f"{column:>12}" for column in COLUMNS))
+    rows = []
     for name in args.sets:
         models = flows(args, name)
-        for row in measure(args, name, models):
-            rows.append(row)
-            cells = (row.get(column, "") for column in COLUMNS)
-            cells = (f"{c:.4f}" if isinstance(c, float) else c for c in cells)
-            print("  ".join(f"{c:>12}" for c in cells), flush=True)
-        plot_paths(args, name, models, args.out / f"{name}.png")
-        if not args.no_film:
-            animate(args, name, models, args.out)
-    with open(args.out / "toy2d.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {args.out} ({time.time() - started:.0f} s)")
-    return rows
+        start = draw(args.source, POINTS, args.seed, f"measure {name}")
+        data = draw(name, POINTS, args.seed, f"cost {name}")
+        rows += measure(args, name, models, start, data)
+        show(args, name, models, start, data)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    print(table.to_string(index=False, na_rep="", float_format="{:.4f}".format))
+    table.to_csv(args.out / "toy2d.csv", index=False)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
