@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-torch.set_num_threads(2)
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # two threads on busy cores wait for each other
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test waits for a network
+
+from common import cpu  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def plain_products():
     """The scripts may have switched to cpu.py's: every test begins with torch's own."""
-    import cpu
-
     cpu.use(False)
 
 

@@ -1,45 +1,69 @@
-"""encoders.py: frozen word vectors, a tiny T5 and a tiny VAE made here."""
+"""encoders.py: frozen word vectors, how features are stored, a tiny T5 and a tiny VAE made here."""
+
+import shutil
+import sys
 
 import pytest
 import torch
+from helpers import close
 
-import encoders
-from encoders import HashText, Pixels
+from inputs import encoders
+from inputs.encoders import VAE, HashText, Pixels, TextFormat, text_encoder
 
 # --- text ----------------------------------------------------------------------------------------
 
 
-def test_hash_text_is_frozen_ordered_and_padded():
-    a, b = HashText(64, 6), HashText(64, 6)
-    captions = ["a red ring", "ring red a", "", "one two three four five six seven eight"]
-    x = a(captions)
-    assert x.shape == (4, 6, 64) and torch.equal(x, b(captions))
-    assert torch.equal(x[0], a(["A red, ring"])[0])  # case and commas do not matter
-    assert not x[2].any() and not x[0, 3:].any() and x[3].any(1).all()
-    assert not torch.allclose(x[0, :3], x[1, :3].flip(0))
+def test_words_are_one_hot_and_the_empty_one_is_the_last():
+    text = text_encoder("words", 16, words=["cat", "dog"])
+    assert torch.equal(text(["dog", "", "cat"]), torch.eye(3)[[1, 2, 0], None])
+    with pytest.raises(ValueError, match=r"'cow' is no word of this model; it knows: cat, dog"):
+        text(["cat", "cow"])
+    assert (text.dim, text.tokens) == (3, 1)
 
 
 def test_hashed_words_hear_their_neighbours():
-    """The formula of the docstring, word by word."""
-    text = HashText(32, 5)
-    words = ["a", "blue", "square", "below"]
-    features = text([" ".join(words)])[0]
-    for i in range(4):
-        expected = text.vector(words[i]) + text.positions[i]
-        for d in (1, 2, 3):
-            if i - d >= 0:
-                expected = expected + 0.5**d * text.vector(words[i - d]).roll(7 * d)
-            if i + d < 4:
-                expected = expected + 0.5**d * text.vector(words[i + d]).roll(-7 * d)
-        assert torch.allclose(features[i], expected, atol=1e-6)
-    assert not features[4].any()
+    """The docstring's formula, word by word; case, commas and what is too long do not count."""
+    text, words = HashText(32, 5), ["a", "blue", "square", "below", "nine"]
+    for n in (4, 5):
+        caption = " ".join(words[:n])
+        features = text([caption, "", caption.replace(" ", ", ").upper() + " and more" * (n == 5)])
+        assert not features[1].any() and not features[0, n:].any()
+        assert torch.equal(features[0], features[2])
+        for i in range(n):
+            expected = text.vector(words[i]) + text.positions[i]
+            for d in (1, 2, 3):
+                if i - d >= 0:
+                    expected = expected + 0.5**d * text.vector(words[i - d]).roll(7 * d)
+                if i + d < n:
+                    expected = expected + 0.5**d * text.vector(words[i + d]).roll(-7 * d)
+            close(features[0, i], expected)
 
 
-def test_hashed_words_are_apart():
-    text = HashText(64, 1)
+def test_word_vectors_are_frozen_and_apart():
     words = ["red", "green", "blue", "circle", "square", "star", "two", "three", "left", "a", "of"]
-    v = torch.nn.functional.normalize(text(words)[:, 0] - text.positions[0], dim=1)
-    assert (v @ v.T - torch.eye(len(words))).abs().max() < 0.55
+    text = HashText(64)
+    vectors = torch.stack([text.vector(word) for word in words])
+    assert vectors[0, 1].item() == pytest.approx(-0.1033, abs=1e-4)  # on every machine
+    apart = torch.nn.functional.normalize(vectors, dim=1)
+    assert (apart @ apart.T - torch.eye(len(words))).abs().max() < 0.55
+    assert (torch.cdist(text.positions, text.positions) + torch.eye(16)).min() > 0.1
+
+
+@pytest.mark.parametrize("bits, error", [(16, 1e-3), (8, 0.25 / 255)])
+def test_features_are_stored_without_padding(bits, error):
+    """fp16, or 8 bits: values beyond ±reach are clipped, the others at most half a step apart."""
+    form = TextFormat(tokens=6, dim=4, bits=bits)
+    features = torch.rand(3, 6, 4) - 0.5
+    for row, length in zip(features, (6, 0, 3), strict=True):
+        row[length:] = 0
+    features[2, 1] = 0  # a zero row inside is no padding
+    blobs = [form.pack(row) for row in features]
+    assert [len(blob) for blob in blobs] == [n * 4 * bits // 8 for n in (6, 0, 3)]
+    found = form.expand(form.join(blobs))
+    expected = features if bits == 16 else features.clip(-0.25, 0.25)
+    assert found.dtype == torch.float32
+    close(found, expected, atol=1.01 * error, rtol=0)
+    assert not found[1].any() and not found[2, 3:].any()
 
 
 def tiny_t5(folder):
@@ -52,51 +76,26 @@ def tiny_t5(folder):
     raw.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.save_pretrained(folder)
-    config = transformers.T5Config(
-        vocab_size=6, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
-    )
+    sizes = {"vocab_size": 6, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     torch.manual_seed(0)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
     return str(folder)
 
 
-def test_transformers_text_encoder_masks_padding(tmp_path):
-    tiny_t5(tmp_path)
-    text = encoders.text_encoder(str(tmp_path), tokens=7)
+def test_t5_masks_padding_and_opens_pipelines(tmp_path):
+    text = text_encoder(tiny_t5(tmp_path / "model"), 7)
     x = text(["a red ring", ""])
     assert x.shape == (2, 7, 16) and text.dim == 16
     assert x[0, :4].any(1).all() and not x[0, 4:].any()  # three words and the end mark
     assert x[1, :1].any() and not x[1, 1:].any()
-    alone = encoders.text_encoder(str(tmp_path), tokens=4)(["a red ring"])
-    assert torch.allclose(alone[0], x[0, :4], atol=1e-5)  # padding changes nothing
-
-
-def test_a_text_encoder_that_cannot_be_had_says_why(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="could not be loaded"):
-        encoders.text_encoder(str(tmp_path / "nothing"), 8)
-
-
-def test_missing_libraries_name_the_pip_command(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ValueError, match="pip install transformers"):
-        encoders.text_encoder("google/umt5-small", 8)
-    with pytest.raises(ValueError, match="pip install diffusers"):
-        encoders.VAE("somewhere")
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def test_pixels_round_trip():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    assert torch.equal(Pixels().decode(Pixels().encode(images)), images)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(tmp_path / "model", tmp_path / "pipeline" / part)
+    shorter = text_encoder(str(tmp_path / "pipeline"), 4)
+    alone = shorter.expand(shorter.prepare(["a red ring"]))
+    close(alone[0], x[0, :4], atol=1e-5)  # padding changes nothing
 
 
 def tiny_vae(folder):
@@ -104,21 +103,69 @@ def tiny_vae(folder):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
         scaling_factor=0.13025,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return str(folder)
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: text_encoder("nowhere", 8), "--text-encoder nowhere could not be loaded"),
+        (lambda: text_encoder("bert", 8), "bert is a 'bert' model, must be t5 or umt5"),
+        (lambda: VAE("nowhere"), "--vae nowhere could not be loaded"),
+        (
+            lambda: encoders.pretrained("bert", "cpu", "--model", "AutoModelForCausalLM"),
+            "--model bert could not be loaded",
+        ),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_cannot_be_had_says_why(tmp_path, monkeypatch, call, message, installed):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    if not installed:
+        message = r"needs \w+: pip install"
+        for module in ("transformers", "diffusers"):
+            monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def test_pixels_round_trip():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    x = Pixels().encode(images)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert torch.equal(Pixels().decode(x), images)
+    assert Pixels().decode(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
 def test_vae_latents_have_the_pipelines_scale(tmp_path):
-    vae = encoders.VAE(tiny_vae(tmp_path))
-    assert (vae.factor, vae.channels, vae.scale) == (2, 4, 0.13025)
+    vae = encoders.image_encoder(tiny_vae(tmp_path / "pipeline" / "vae").removesuffix("vae"))
+    assert (vae.factor, vae.channels) == (2, 4)
+    vae.shift = 0.5  # as newer ones have
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    posterior = vae.model.encode(images.float() / 127.5 - 1).latent_dist
-    assert torch.allclose(vae.encode(images), posterior.mean * 0.13025, atol=1e-5)
-    grain = torch.randn(2, 4, 4, 6)
-    latents = vae.encode(images, grain)
-    expected = (posterior.mean + posterior.std * grain) * 0.13025
-    assert torch.allclose(latents, expected, atol=1e-5)
-    assert vae.decode(latents).shape == (2, 3, 8, 12)
+    posterior = vae.model.encode(images / 127.5 - 1).latent_dist
+    noise = torch.randn(2, 4, 4, 6)
+    mean, drawn = posterior.mean, posterior.mean + posterior.std * noise
+    moments = vae.moments(images)
+    for given, vae_noise, expected in [
+        (images, None, mean),
+        (images, noise, drawn),
+        (moments, None, mean),
+        (moments, noise, drawn),
+        (moments[:, :1], noise, mean),  # ready-made means: nothing to draw
+    ]:
+        close(vae.encode(given, vae_noise), (expected - 0.5) * 0.13025, atol=1e-5)
+    decoded = vae.model.decode(drawn).sample
+    close(vae.decode(vae.encode(images, noise)), encoders.to_bytes(decoded), atol=1)

@@ -1,33 +1,46 @@
-"""mmdit.py: structure, against a block written naively, muP's rule, FLOPs, host syncs, files."""
+"""mmdit.py: against naive code, muP's rule, FLOPs, host syncs, compilation, files."""
 
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import close
 from host_reads import HostReads
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmdit
-from mmdit import PRESETS, MMDiT, MMDiTConfig, load_model, save_model
+from mmdit import PRESETS, MMDiT, MMDiTConfig, fitted, load_model, save_model
 
 SMALL = MMDiTConfig(
-    in_channels=3, patch_size=2, dim=48, head_dim=12, n_layers=3, n_double_layers=1, text_dim=7,
-    max_grid=6, n_registers=4, mlp_multiple_of=16, base_dim=24,
-)  # fmt: skip
-MIXES = {"double only": (2, 2), "single only": (2, 0), "one of each": (2, 1), "2 + 3": (5, 2)}
+    in_channels=3,
+    patch_size=2,
+    dim=48,
+    head_dim=12,
+    n_layers=2,
+    n_double_layers=1,
+    text_dim=7,
+    max_grid=6,
+    n_registers=4,
+    mlp_multiple_of=16,
+    base_dim=24,
+)
+MIXES = {
+    "double only": replace(SMALL, n_double_layers=2),
+    "single only": replace(SMALL, n_double_layers=0, n_registers=0),
+    "one of each": SMALL,
+    "2 + 3": replace(SMALL, n_layers=5, n_double_layers=2),
+}
+each_mix = pytest.mark.parametrize("config", MIXES.values(), ids=MIXES)
+each_residual = pytest.mark.parametrize("residual", mmdit.RESIDUALS)
 
 
-def config_of(mix, residual="prenorm", **changes):
-    n_layers, n_double = MIXES[mix]
-    return replace(SMALL, n_layers=n_layers, n_double_layers=n_double, residual=residual, **changes)
-
-
-def awake(config, seed=0):
+def awake(config):
     """A model whose zero-initialised weights are not zero, so that every path carries signal."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = MMDiT(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -35,280 +48,184 @@ def awake(config, seed=0):
     return model
 
 
-def inputs(config, B=2, H=8, W=12, T=5, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(B, config.in_channels, H, W, generator=g)
-    return x, torch.rand(B, generator=g), torch.randn(B, T, config.text_dim, generator=g)
-
-
-# --- patches and positions -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (4, 4, 4, 4), (1, 1, 6, 2), (3, 5, 2, 2)])
-def test_unpatchify_inverts_patchify(shape):
-    x = torch.arange(math.prod(shape)).view(shape)
-    tokens = mmdit.patchify(x, 2)
-    assert tokens.shape == (shape[0], shape[2] * shape[3] // 4, shape[1] * 4)
-    assert torch.equal(mmdit.unpatchify(tokens, 2, *shape[2:]), x)
-
-
-def test_a_token_is_one_patch_in_order_channel_row_column():
-    x = torch.randn(2, 3, 6, 4)
-    tokens = mmdit.patchify(x, 2)  # 3 rows of 2 patches
-    assert torch.equal(tokens[1, 3], x[1, :, 2:4, 2:4].reshape(-1))
-
-
-@pytest.mark.parametrize("rows, columns", [(6, 6), (4, 2), (2, 6), (3, 5), (1, 1)])
-def test_smaller_grids_take_the_centre_of_the_table(rows, columns):
-    model = MMDiT(SMALL)
-    table = model.positions.detach().view(6, 6, -1)
-    top, left = 3 - rows // 2, 3 - columns // 2
-    found = model.grid_positions(rows, columns).view(rows, columns, -1)
-    for i in range(rows):
-        for j in range(columns):
-            assert torch.equal(found[i, j], table[top + i, left + j])
-
-
-def test_non_square_input_equals_the_square_ones_centre():
-    """With attention and MLP asleep, a token's output depends on its patch and position alone."""
-    torch.manual_seed(0)
-    model = MMDiT(SMALL)  # gates are zero: blocks are the identity
-    torch.nn.init.normal_(model.final.weight)
-    square, t, text = inputs(SMALL, H=12, W=12)
-    wide = square[:, :, 4:8, 2:10]  # patch rows 2..3 and columns 1..4 of 6: the centre
-    with torch.no_grad():
-        whole, part = model(square, t, text), model(wide, t, text)
-    assert torch.allclose(whole[:, :, 4:8, 2:10], part, atol=1e-5)
-    assert part.std() > 0.1
-
-
-def test_position_sines_tell_every_cell_apart():
-    table = mmdit.sines_2d(16, 64)
-    distances = torch.cdist(table, table) + 1e3 * torch.eye(256)
-    assert distances.min() > 0.3
-    assert math.isclose(table.square().mean(), 0.5, rel_tol=1e-5)
+def inputs(B=2, H=6, W=10):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 3, H, W, generator=g)
+    return x, torch.rand(B, generator=g), torch.randn(B, 5, 7, generator=g)
 
 
 # --- the network against naive code --------------------------------------------------------------
 
 
-def naive_norm(x):
+def norm(x):
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def naive_mlp(x, stream):
-    gate, value = (x @ stream.mlp.up.weight.T).chunk(2, -1)
-    return (gate * torch.sigmoid(gate) * value) @ stream.mlp.down.weight.T
+def naive(model, x, cond, text):
+    """The network for one sample, from the docstrings: x (C, H, W), cond (D,), text (T, E)."""
+    config, weights = model.config, model.state_dict()
+    D, d, p, grid = config.dim, config.head_dim, config.patch_size, config.max_grid
+    prenorm = config.residual == "prenorm"
+    rows, columns = x.shape[1] // p, x.shape[2] // p
+
+    def linear(y, name):
+        return y @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def modulated(y, shift, scale):
+        return y * (1 + scale) + shift
+
+    def block(streams):
+        """name → tokens (L, D), before and after; all of them attend to all of them."""
+        modulations = {name: linear(cond, f"{name}.modulation").split(D) for name in streams}
+        q, k, v = [], [], []
+        for name, y in streams.items():
+            shift, scale, *more = modulations[name]
+            y = linear(modulated(norm(y), shift, scale), f"{name}.{'qkv' if more else 'kv'}")
+            for part, heads in zip(y.split(D, 1), (q, k, v) if more else (k, v), strict=True):
+                heads.append(part.unflatten(1, (-1, d)))  # (L, h, d)
+        q, k, v = map(torch.cat, (q, k, v))
+        scores = torch.einsum("ihd, jhd -> hij", norm(q), norm(k)) / math.sqrt(d)
+        attended = torch.einsum("hij, jhd -> ihd", scores.softmax(-1), v).flatten(1)
+        after = dict(streams)
+        for name, x in streams.items():
+            _, _, *more = modulations[name]
+            if more:
+                gate, shift, scale, mlp_gate = more
+                y = x + gate * linear(attended[: len(x)], f"{name}.out")
+                attended = attended[len(x) :]
+                a, b = linear(modulated(norm(y), shift, scale), f"{name}.mlp.up").chunk(2, 1)
+                mlp = linear(a * torch.sigmoid(a) * b, f"{name}.mlp.down")
+                after[name] = (y if prenorm else x) + mlp_gate * mlp
+        return after.values()
+
+    cells = [(slice(i, i + p), slice(j, j + p)) for i in range(0, rows * p, p)
+             for j in range(0, columns * p, p)]  # fmt: skip
+    top, left = grid // 2 - rows // 2, grid // 2 - columns // 2
+    table = weights["positions"].view(grid, grid, D)[top : top + rows, left : left + columns]
+    patches = torch.stack([x[:, *cell].flatten() for cell in cells])
+    image = linear(patches, "patch_embed") + table.flatten(0, 1)
+    text = torch.cat([weights.get("registers", image[:0]), linear(text, "text_embed")])
+    for i in range(config.n_double_layers):
+        names = f"double_blocks.{i}.text", f"double_blocks.{i}.image"
+        text, image = block(dict(zip(names, (text, image), strict=True)))
+    tokens = torch.cat([text, image])
+    for i in range(config.n_layers - config.n_double_layers):
+        (tokens,) = block({f"single_blocks.{i}.stream": tokens})
+    image = tokens[len(text) :]
+    shift, scale = linear(cond, "final_modulation").split(D)
+    out, velocity = modulated(norm(image) if prenorm else image, shift, scale), x.clone()
+    for cell, patch in zip(cells, linear(out, "final"), strict=True):
+        velocity[:, *cell] = patch.view(-1, p, p)
+    return velocity
 
 
-def naive_heads(x, shift, scale, weight, d):
-    """x (L, D) of one sample → parts (q, k, v or k, v), each a list over heads of (L, d)."""
-    y = (naive_norm(x) * (1 + scale) + shift) @ weight.T
-    parts = y.split(x.shape[-1], -1)
-    return [[part[:, i : i + d] for i in range(0, x.shape[-1], d)] for part in parts]
-
-
-def naive_attention(q, k, v):
-    out = []
-    for q_h, k_h, v_h in zip(q, k, v, strict=True):
-        weights = (naive_norm(q_h) @ naive_norm(k_h).T / math.sqrt(q_h.shape[-1])).exp()
-        out.append(weights / weights.sum(-1, keepdim=True) @ v_h)
-    return torch.cat(out, -1)
-
-
-def naive_update(x, attended, stream, six, residual):
-    _, _, g1, s2, c2, g2 = six
-    y = x + g1 * (attended @ stream.out.weight.T)
-    mlp = naive_mlp(naive_norm(y) * (1 + c2) + s2, stream)
-    return (y if residual == "prenorm" else x) + g2 * mlp
-
-
-@pytest.mark.parametrize("residual", mmdit.RESIDUALS)
-def test_single_block_equals_naive_float64(residual):
-    model = awake(config_of("single only", residual)).double()
-    block = model.single_blocks[0]
-    tokens, cond = torch.randn(2, 9, 48).double(), torch.randn(2, 48).double()
-    found = block(tokens, cond)
+@each_residual
+@each_mix
+def test_the_network_equals_naive_float64_and_every_weight_gets_a_gradient(config, residual):
+    model = awake(replace(config, residual=residual)).double()
+    x, t, text = (i.double() for i in inputs())
+    found = model(x, t, text)
     for b in range(2):
-        six = (block.stream.modulation.weight @ cond[b]).split(48)
-        q, k, v = naive_heads(tokens[b], six[0], six[1], block.stream.qkv.weight, 12)
-        attended = naive_attention(q, k, v)
-        expected = naive_update(tokens[b], attended, block.stream, six, residual)
-        assert (found[b] - expected).abs().max() < 1e-5 and expected.std() > 0.1
-
-
-@pytest.mark.parametrize("residual", mmdit.RESIDUALS)
-@pytest.mark.parametrize("mix", ["double only", "one of each"])
-def test_double_blocks_equal_naive_float64(mix, residual):
-    """Also the last one of a double-only model, whose text is keys and values alone."""
-    model = awake(config_of(mix, residual)).double()
-    block = model.double_blocks[-1]
-    text, image, cond = torch.randn(2, 5, 48), torch.randn(2, 9, 48), torch.randn(2, 48)
-    text, image, cond = text.double(), image.double(), cond.double()
-    new_text, new_image = block(text, image, cond)
-    for b in range(2):
-        six = (block.image.modulation.weight @ cond[b]).split(48)
-        q, k, v = naive_heads(image[b], six[0], six[1], block.image.qkv.weight, 12)
-        t_six = (block.text.modulation.weight @ cond[b]).split(48)
-        if mix == "double only":
-            t_k, t_v = naive_heads(text[b], t_six[0], t_six[1], block.text.kv.weight, 12)
-            t_q = [torch.zeros(0, 12).double()] * 4
-        else:
-            t_q, t_k, t_v = naive_heads(text[b], t_six[0], t_six[1], block.text.qkv.weight, 12)
-        joint = [
-            [torch.cat([a, c]) for a, c in zip(t_part, part, strict=True)]
-            for t_part, part in zip((t_q, t_k, t_v), (q, k, v), strict=True)
-        ]
-        attended = naive_attention(*joint)
-        n_text = len(t_q[0])
-        expected = naive_update(image[b], attended[n_text:], block.image, six, residual)
-        assert (new_image[b] - expected).abs().max() < 1e-5
-        if mix == "one of each":
-            expected = naive_update(text[b], attended[:n_text], block.text, t_six, residual)
-            assert (new_text[b] - expected).abs().max() < 1e-5
-        else:
-            assert torch.equal(new_text[b], text[b])
+        close(found[b], naive(model, x[b], model.time_embed(t)[b], text[b]), 1e-10, 1e-10)
+    assert found.std() > 0.1
+    found.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_time_embedding_is_cosines_then_sines_of_1000_t_in_fp32():
-    embed = awake(SMALL).time_embed
-    t = torch.tensor([0.0, 0.25, 0.999])
-    frequencies = 10000.0 ** (-torch.arange(128) / 128)
-    angles = 1000 * t[:, None] * frequencies
+    embed, t = awake(SMALL).time_embed, torch.tensor([0.0, 0.25, 0.999])
+    angles = 1000 * t[:, None] * 10000.0 ** (-torch.arange(128) / 128)
     h = torch.cat([angles.cos(), angles.sin()], 1) @ embed.lift.weight.T + embed.lift.bias
-    expected = F.silu(F.silu(h) @ embed.mix.weight.T + embed.mix.bias)
-    assert torch.allclose(embed(t), expected, atol=1e-4)
+    close(embed(t), F.silu(F.silu(h) @ embed.mix.weight.T + embed.mix.bias), 1e-4)
     # In bf16 weights t = 0.999 stays apart from 1, which a bf16 t or frequency table would not.
     half = awake(SMALL).bfloat16().time_embed
-    assert half.index.dtype == torch.int64
-    moved = (half(torch.tensor([0.999])) - half(torch.tensor([1.0]))).abs().max()
-    assert moved > 0.01
+    assert (half(torch.tensor([0.999])) - half(torch.tensor([1.0]))).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("residual", mmdit.RESIDUALS)
-@pytest.mark.parametrize("mix", MIXES)
-def test_every_mix_trains_and_every_parameter_gets_a_gradient(mix, residual):
-    config = config_of(mix, residual)
-    model = awake(config)
-    out = model(*inputs(config))
-    assert out.shape == (2, 3, 8, 12)
-    out.square().mean().backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # positions outside the crop and nothing else may have zero rows, never a whole zero
-    assert silent == []
+def test_position_sines_tell_every_cell_apart():
+    table = mmdit.sines_2d(16, 64)
+    assert (torch.cdist(table, table) + 1e3 * torch.eye(256)).min() > 0.3
+    close(table.square().mean(), torch.tensor(0.5))
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_fresh_model_is_zero_and_learns(mix):
+@each_mix
+def test_fresh_model_is_zero_and_learns(config):
     """adaLN-zero: the output starts at exactly 0; a few steps of AdamW reduce the loss."""
     torch.manual_seed(0)
-    config = config_of(mix)
-    model = MMDiT(config)
-    x, t, text = inputs(config)
+    model, (x, t, text) = MMDiT(config), inputs()
     assert not model(x, t, text).any()
     optimizer = torch.optim.AdamW(model.param_groups(3e-3), eps=1e-15)
     losses = []
-    for _ in range(40):
-        loss = (model(x, t, text) - x).square().mean()
-        loss.backward()
+    for _ in range(30):
+        losses.append((model(x, t, text) - x).square().mean())
+        losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-
-
-def test_text_and_time_and_registers_matter():
-    model = awake(SMALL)
-    x, t, text = inputs(SMALL)
-    with torch.no_grad():
-        out = model(x, t, text)
-        assert (model(x, t, text.flip(0)) - out).abs().max() > 1e-3
-        assert (model(x, 1 - t, text) - out).abs().max() > 1e-3
-        model.registers.mul_(-1)
-        assert (model(x, t, text) - out).abs().max() > 1e-3
-
-
-def test_samples_of_a_batch_do_not_mix():
-    model = awake(SMALL)
-    x, t, text = inputs(SMALL, B=3)
-    with torch.no_grad():
-        alone = model(x[1:2], t[1:2], text[1:2])
-        assert torch.allclose(model(x, t, text)[1:2], alone, atol=1e-5)
 
 
 # --- muP -----------------------------------------------------------------------------------------
 
-
-def expected_class(name):
-    """muP's table by name, independently of how the code says it."""
-    if re.search(r"bias|positions|registers", name):
-        return "vector"
-    if "modulation" in name:
-        return "modulation"
-    return {
-        "patch_embed.weight": "input", "time_embed.lift.weight": "input",
-        "text_embed.weight": "text", "final.weight": "output",
-    }.get(name, "hidden")  # fmt: skip
+ROLES = {  # the first that a name holds
+    "bias|positions|registers": "vector",
+    "modulation": "modulation",
+    "patch_embed|lift": "input",
+    "text_embed": "text",
+    "^final": "output",
+    "": "hidden",
+}
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_mup_groups_follow_the_table(mix):
-    config = config_of(mix)  # width 48 over base 24: m = 2
-    model = MMDiT(config)
-    groups = model.param_groups(lr=1e-2, weight_decay=0.1)
-    of = {id(p): g for g in groups for p in g["params"]}
-    listed = [id(p) for g in groups for p in g["params"]]
-    assert len(listed) == len(set(listed)) == len(list(model.parameters()))
-    base_mlp = replace(config, dim=24).mlp_dim
-    for name, p in model.named_parameters():
-        kind = expected_class(name)
-        assert model.role(name) == kind
-        m = config.mlp_dim / base_mlp if "down" in name else 2.0
-        m = m if kind in ("hidden", "modulation", "output") else 1.0
-        assert of[id(p)]["lr"] == pytest.approx(1e-2 / m), name
-        decay = 0.0 if kind == "vector" else 0.1 * m
-        assert of[id(p)]["weight_decay"] == pytest.approx(decay), name
-    assert len({(g["lr"], g["weight_decay"]) for g in groups}) == len(groups)
-
-
-def test_at_the_base_width_mup_and_standard_agree():
-    model = MMDiT(replace(SMALL, base_dim=48))
-    for parametrization in ("mup", "standard"):
-        groups = model.param_groups(1e-2, 0.1, parametrization)
-        assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [(1e-2, 0.0), (1e-2, 0.1)]
-    with pytest.raises(ValueError, match="standard"):
-        model.param_groups(1e-2, 0.1, "ntk")
-
-
-def test_initial_scales_follow_the_table():
+@each_mix
+def test_mup_follows_its_table(config):
+    """Width 192 over base 48: m = 4. Initial scales, rates, decays; every weight in one group."""
     torch.manual_seed(0)
-    model = MMDiT(replace(SMALL, dim=192, base_dim=48))
+    config = replace(config, dim=192, base_dim=48)
+    model, base = MMDiT(config), replace(config, dim=48)
+    groups = model.param_groups(lr=1e-2, weight_decay=0.1)
+    of = {p: group for group in groups for p in group["params"]}
+    assert len(of) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert len({(g["lr"], g["weight_decay"]) for g in groups}) == len(groups)
     for name, p in model.named_parameters():
-        kind = expected_class(name)
+        kind = next(role for pattern, role in ROLES.items() if re.search(pattern, name))
+        assert model.role(name) == kind
+        m = config.mlp_dim / base.mlp_dim if "down" in name else 4
+        m = m if kind in ("hidden", "modulation", "output") else 1
+        decay = 0 if kind == "vector" else 0.1 * m
+        assert (of[p]["lr"], of[p]["weight_decay"]) == pytest.approx((1e-2 / m, decay)), name
         if kind in ("hidden", "input"):
             assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.1), name
-        elif kind in ("modulation", "text", "output") or "bias" in name:
+        elif kind != "vector" or "bias" in name:
             assert not p.any(), name
 
 
-# --- FLOPs, host syncs, compile ------------------------------------------------------------------
+def test_other_parametrizations_and_matrices_without_a_role():
+    model, at_base = MMDiT(SMALL), MMDiT(replace(SMALL, base_dim=48))
+    for network, how in ((at_base, "mup"), (model, "standard")):
+        groups = network.param_groups(1e-2, 0.1, how)
+        assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [(1e-2, 0.0), (1e-2, 0.1)]
+    with pytest.raises(ValueError, match="standard"):
+        model.param_groups(1e-2, 0.1, "ntk")
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.weight is a matrix without a muP role"):
+        model.param_groups(1e-2)
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("n_registers", [0, 4])
-def test_flops_equal_torchs_counter(mix, n_registers):
-    model = MMDiT(config_of(mix, n_registers=n_registers))
-    x, t, text = inputs(model.config, B=3)
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, text)
-    assert counter.get_total_flops() == 3 * model.flops_per_image(8, 12, 5)
+# --- FLOPs, host syncs, compilation --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_forward_and_backward_never_read_a_value(mix):
-    model = awake(config_of(mix))
-    x, t, text = inputs(model.config)
+@each_mix
+def test_flops_equal_torchs_counter(config):
+    model = MMDiT(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*inputs(B=3))
+    assert counter.get_total_flops() == 3 * model.flops_per_image(6, 10, 5)
+
+
+@each_mix
+def test_forward_and_backward_never_read_a_value(config):
+    model, (x, t, text) = awake(config), inputs()
     with HostReads() as reads:
         model(x, t, text).sum().backward()
     assert reads.seen == []
@@ -318,69 +235,50 @@ def test_forward_and_backward_never_read_a_value(mix):
         assert reads.seen
 
 
-@pytest.mark.parametrize("residual", mmdit.RESIDUALS)
-@pytest.mark.parametrize("mix", ["double only", "one of each"])
-def test_blocks_have_no_graph_breaks(mix, residual):
-    model = awake(config_of(mix, residual))
-    text, image, cond = torch.randn(2, 5, 48), torch.randn(2, 9, 48), torch.randn(2, 48)
-    calls = [(block, (text, image, cond)) for block in model.double_blocks]
-    calls += [(block, (image, cond)) for block in model.single_blocks]
-    for block, arguments in calls:
-        torch._dynamo.reset()
-        explained = torch._dynamo.explain(block)(*arguments)
-        assert explained.graph_break_count == 0 and explained.graph_count == 1
-
-
-def test_compiling_blocks_keeps_keys_and_output():
+@each_residual
+@each_mix
+def test_blocks_compile_whole_and_keep_keys_and_output(config, residual):
     torch._dynamo.reset()
-    model = awake(SMALL)
-    keys, expected = list(model.state_dict()), model(*inputs(SMALL))
-    model.compile_blocks(backend="aot_eager")
-    assert torch.allclose(model(*inputs(SMALL)), expected, atol=1e-5)
+    model = awake(replace(config, residual=residual))
+    keys, expected = list(model.state_dict()), model(*inputs())
+    model.compile_blocks(backend="eager")  # raises where the graph breaks
+    close(model(*inputs()), expected)
     assert list(model.state_dict()) == keys
 
 
 def test_nothing_is_compiled_again_after_every_bucket_was_seen():
-    """More buckets than torch's default limit of 8, with and without gradients; captions differ
-    in length but are padded to one."""
+    """More graphs than torch's default limit of 8: buckets, each with and without gradients."""
     torch._dynamo.reset()
-    model = awake(replace(SMALL, max_grid=14))
-    model.compile_blocks(backend="aot_eager")
-    patch = model.config.patch_size
-    buckets = [
-        (rows * patch, columns * patch)
-        for rows, columns in zip(range(2, 11), range(11, 2, -1), strict=True)
-    ]
+    model = awake(replace(SMALL, max_grid=12))
+    model.compile_blocks(backend="eager")
 
-    def through_all(length):
-        for H, W in buckets:
-            x, t, text = inputs(model.config, H=H, W=W)
-            text[:, length:] = 0
-            model(x, t, text).sum().backward()
+    def through(sizes):
+        for H, W in sizes:
+            model(*inputs(H=H, W=W)).sum().backward()
             with torch.no_grad():
-                model(x, t, text)
+                model(*inputs(H=H, W=W))
 
-    through_all(3)
+    buckets = [(4, 14), (6, 12), (8, 10), (10, 8), (12, 16)]
+    through(buckets)
     with torch.compiler.set_stance("fail_on_recompile"):
-        through_all(5)
+        through(buckets)
         with pytest.raises(RuntimeError, match="recompile"):  # it would be noticed
-            x, t, text = inputs(model.config, H=patch, W=patch)
-            model(x, t, text)
+            through([(2, 2)])
 
 
-# --- configuration -------------------------------------------------------------------------------
+# --- configurations ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"head_dim": 13}, r"head_dim = 13 must divide dim=48"),
-        ({"dim": 0}, r"dim = 0 must be at least 1"),
-        ({"n_double_layers": 4}, r"n_double_layers = 4 must lie in 0..n_layers=3"),
-        ({"residual": "post"}, r"residual = 'post' must be one of"),
-        ({"base_dim": 30}, r"base_dim = 30 must be a multiple of head_dim=12"),
-        ({"n_registers": -1}, r"n_registers = -1"),
-        ({"dim": 42, "head_dim": 6}, r"dim = 42 must be a multiple of 4"),
+        ({"head_dim": 13}, "head_dim = 13 must divide dim=48"),
+        ({"dim": 0}, "dim = 0 must be at least 1"),
+        ({"n_double_layers": 4}, r"n_double_layers = 4 must lie in 0\.\.n_layers=2"),
+        ({"residual": "post"}, "residual = 'post' must be one of"),
+        ({"base_dim": 30}, "base_dim = 30 must be a multiple of head_dim=12"),
+        ({"n_registers": -1}, "n_registers = -1"),
+        ({"dim": 42, "head_dim": 6}, "dim = 42 must be a multiple of 4"),
     ],
 )
 def test_bad_config_names_field_value_rule(changes, message):
@@ -389,7 +287,7 @@ def test_bad_config_names_field_value_rule(changes, message):
 
 
 @pytest.mark.parametrize(
-    "x_shape, text_shape, message",
+    "x, text, message",
     [
         ((1, 3, 9, 8), (1, 5, 7), "multiple of patch_size=2"),
         ((1, 3, 14, 8), (1, 5, 7), "exceeds max_grid"),
@@ -398,47 +296,86 @@ def test_bad_config_names_field_value_rule(changes, message):
         ((1, 3, 8, 8), (1, 5, 8), r"must be \(B, T, 7\)"),
     ],
 )
-def test_bad_input_names_the_rule(x_shape, text_shape, message):
+def test_bad_input_names_the_rule(x, text, message):
     with pytest.raises(ValueError, match=message):
-        MMDiT(SMALL)(torch.zeros(x_shape), torch.zeros(1), torch.zeros(text_shape))
+        MMDiT(SMALL)(torch.zeros(x), torch.zeros(1), torch.zeros(text))
 
 
 def test_auraflow_has_its_published_size():
     with torch.device("meta"):
-        model = MMDiT(PRESETS["auraflow-6.8b"])
-    assert model.n_parameters() == 6_842_876_928
+        assert MMDiT(PRESETS["auraflow-6.8b"]).n_parameters() == 6_842_876_928
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_build_and_share_the_base_width(name):
-    with torch.device("meta"):
-        model = MMDiT(PRESETS[name])
-    assert model.config.base_dim == 256
-    model.param_groups(1e-3)
+@pytest.mark.parametrize(
+    "preset, sides, asked, patch, grid",
+    [
+        ("digits", [(28, 28)], None, 7, 4),
+        ("digits", [(32, 32)], None, 4, 8),
+        ("digits", [(28, 28)], 2, 2, 14),
+        ("tiny", [(18, 18)], None, 3, 6),
+        ("tiny", [(16, 24), (20, 20)], None, 4, 6),
+        ("0.2b", [(64, 96)], None, 2, 48),
+        (
+            "digits",
+            [(29, 29)],
+            None,
+            "a patch of 3 to 7 must divide what the network sees, 29x29",
+            0,
+        ),
+        ("tiny", [(20, 20), (20, 22)], None, "a patch of 3 to 4 must divide", 0),
+        ("digits", [(28, 28)], 5, "a patch of 5 must divide", 0),
+    ],
+)
+def test_presets_are_fitted_to_what_they_will_see(preset, sides, asked, patch, grid):
+    how = {"channels": 5, "text_dim": 9, "sides": sides, "patch_size": asked}
+    if grid == 0:
+        with pytest.raises(ValueError, match=patch):
+            fitted(preset, **how)
+        return
+    plain = {"in_channels": 5, "text_dim": 9, "patch_size": patch, "max_grid": grid}
+    assert fitted(preset, **how) == replace(PRESETS[preset], **plain)
+    aura = {"residual": "auraflow", "n_registers": 8, "mlp_multiple_of": 256}
+    expected = replace(PRESETS[preset], **plain, **aura)
+    assert fitted(preset, **how, residual="auraflow") == expected
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- files, and networks that go on from others --------------------------------------------------
 
 
-def test_save_and_load_round_trip(tmp_path):
-    model = awake(config_of("2 + 3", "auraflow"))
-    save_model(tmp_path / "run", model, classes=["a", "b"])
-    loaded = load_model(tmp_path / "run")
-    assert loaded.config == model.config and not loaded.training
-    x, t, text = inputs(SMALL)
-    assert torch.equal(loaded(x, t, text), model(x, t, text))
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == [
-        "config.json", "model.safetensors",
-    ]  # fmt: skip
+@pytest.mark.parametrize("old, new", [(4, 8), (4, 6), (6, 4), (5, 10), (5, 7)])
+def test_a_larger_picture_starts_from_stretched_positions(old, new):
+    older, model = (awake(replace(SMALL, max_grid=grid)) for grid in (old, new))
+    model.start_from(older, new / old)
+    table = older.positions.view(1, old, old, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(table, size=(new, new), mode="bilinear")  # as minRF's extend_pe
+    close(model.positions.view(new, new, -1), expected[0].permute(1, 2, 0))
 
 
-def test_load_says_what_is_missing_or_does_not_match(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+@pytest.mark.parametrize("old, new", [(5, 5), (5, 8), (6, 9)])
+def test_a_larger_grid_starts_as_the_same_function(old, new):
+    torch.manual_seed(1)
+    older, model = awake(replace(SMALL, max_grid=old)), MMDiT(replace(SMALL, max_grid=new))
+    model.start_from(older)
+    close(model(*inputs()), older(*inputs()))
+    corner = model.grid_positions(new, new)[0]  # beyond its edge the table goes on as it ended
+    close(corner, older.grid_positions(old, old)[0])
+    with pytest.raises(ValueError, match=r"another network: n_layers 2 \(here 5\)$"):
+        MMDiT(MIXES["2 + 3"]).start_from(MMDiT(replace(SMALL, n_double_layers=2)))
+
+
+def test_files_hold_the_whole_network_or_say_what_is_wrong(tmp_path):
+    model, config = awake(SMALL), tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=r"no config\.json: give the folder"):
         load_model(tmp_path)
-    model = awake(SMALL)
-    save_model(tmp_path, model)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"n_layers": 3', '"n_layers": 2'))
-    with pytest.raises(ValueError, match="do not match"):
+    save_model(tmp_path, model, facts={"words": ["a", "b"]})
+    loaded = load_model(tmp_path)
+    assert loaded.config == SMALL and not loaded.training
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+    assert {file.name for file in tmp_path.iterdir()} == {config.name, "model.safetensors"}
+    for old, new in (("layers", "blocks"), ('"dim": 48', '"dim": 24'), ('"model"', '"net"')):
+        config.write_text(config.read_text().replace(old, new))
+        with pytest.raises(ValueError, match="do not match"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         load_model(tmp_path)
-    assert asdict(SMALL)["n_layers"] == 3

@@ -1,71 +1,107 @@
-"""prepare.py through `data_t2i.py prepare`: every row once, whatever happens on the way."""
+"""tools/prepare.py through its command: every row once, the same bytes whatever happens."""
 
+import base64
+import csv
 import errno
+import io
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
 
-import cache
-import data_t2i
-import dedup
-import prepare
-from cache import Cache, TextFormat
-from encoders import VAE, HashText, PixelEmbedder, text_encoder
+from inputs.encoders import VAE, HashText, text_encoder
+from rf import mix_seed
+from tools import prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parents[1]
 SIZES = ((48, 48), (64, 36), (36, 64))  # width, height: three buckets at --size 16
-OPTIONS = ["--size", "16", "--text-tokens", "8", "--workers", "1", "--validation", "8"]
+OPTIONS = ["--size", "16", "--text-tokens", "8", "--workers", "2", "--validation", "8"]
 
 
-def pictures(folder, n=40, sizes=SIZES, bad=()):
-    """n noisy pictures with their number as their caption, in a metadata.jsonl."""
+def picture(i, sizes=SIZES):
+    """The i-th picture: noise that looks alike in any format, in one of a few shapes."""
+    small = np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(sizes[i % len(sizes)], Image.Resampling.BICUBIC)
+
+
+def pictures(folder, n=40, sizes=SIZES, lines=()):
+    """n pictures with their number as their caption, in a metadata.jsonl, and more lines."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
     with open(folder / "metadata.jsonl", "w") as file:
         for i in range(n):
-            width, height = sizes[i % len(sizes)]
-            small = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-            image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-            image.save(folder / f"{i}.png")
+            picture(i, sizes).save(folder / f"{i}.png")
             row = {"file_name": f"{i}.png", "text": f"number {i}", "other": f"other {i}"}
             if i % 4 == 1:
                 del row["other"]
             print(json.dumps(row), file=file)
-        for line in bad:
+        for line in lines:
             print(json.dumps(line), file=file)
     return folder
 
 
 def run(source, out, *extra):
-    data_t2i.main(["prepare", str(source), "--out", str(out), *OPTIONS, *map(str, extra)])
-    return Cache(out) if (out / "manifest.json").exists() else None
+    """The command → the manifest; None while a part is missing."""
+    prepare.main([str(source), "--out", str(out), *OPTIONS, *map(str, extra)])
+    file = out / "manifest.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
-def refused(capsys, reason, source, out, *extra):
+def refused(capsys, reason, *command):
+    """It ends with status 1 and one line that holds the reason."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        run(source, out, *extra)
-    assert reason in str(caught.value) and "\n" not in str(caught.value), caught.value
+        run(*command)
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("tools.prepare: ")]
+    assert caught.value.code == 1 and len(said) == 1 and reason in said[0], said
 
 
-def rows_of(data):
-    """row number → (split, bucket, Row) of everything in a cache; each number once."""
-    found = {}
-    for shard in data.shards:
-        for i in range(shard.rows):
-            number = data.table(shard).column("row")[i].as_py()
-            assert number not in found
-            found[number] = (shard.split, shard.bucket, data.row(shard, i))
+def prepared(out, dtype=np.uint8, channels=(3,), factor=1):
+    """All that was written, as the manifest lists it: row number → its cells; each number once."""
+    manifest, found = json.loads((out / "manifest.json").read_text()), {}
+    for r in manifest["ranges"]:
+        chunk = manifest["chunks"][r["chunk"]]
+        content = (out / chunk["file"]).read_bytes()
+        assert (len(content), zlib.crc32(content)) == (chunk["bytes"], chunk["crc32"])
+        (batch,) = pa.ipc.open_stream(content)
+        for row in batch.slice(r["first"], r["rows"]).to_pylist():
+            assert row["row"] not in found
+            bucket = r["height"], r["width"]
+            image = np.frombuffer(row["image"], dtype)
+            row["image"] = torch.tensor(image.reshape(*channels, *(n // factor for n in bucket)))
+            found[row["row"]] = row | {"bucket": bucket, "split": r["split"]}
     return found
+
+
+def captions(out):
+    return {number: row["captions"] for number, row in prepared(out).items()}
+
+
+def written(out):
+    """file → bytes of the manifest and the chunks."""
+    files = [out / "manifest.json", *(out / "chunks").iterdir()]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def left_out(out):
+    files = sorted((out / "chunks").glob("*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["left_out"]]
+    return {(row["row"], row["kind"]): row["reason"] for row in rows}
 
 
 # --- geometry ------------------------------------------------------------------------------------
@@ -90,118 +126,224 @@ def test_an_image_goes_to_the_bucket_of_its_shape():
     assert fitted.shape == (3, 12, 20) and fitted.dtype == torch.uint8
     assert (fitted[0, :, 11:] > 250).all() and (fitted[0, :, :9] < 5).all()
     assert prepare.fit(image.rotate(90, expand=True), buckets, 1.0).shape == (3, 20, 12)
-    small = Image.new("L", (10, 10))
+    small = Image.new("RGB", (10, 10))
     with pytest.raises(prepare.TooSmall, match=r"10x10 would be enlarged 1.60 times"):
         prepare.fit(small, buckets, 1.0)
     assert prepare.fit(small, buckets, 1.6).shape == (3, 16, 16)
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def png(i):
+    buffer = io.BytesIO()
+    picture(i).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def folder(path, n):
+    for i in range(n):
+        (path / f"class_{i % 2}").mkdir(parents=True, exist_ok=True)
+        picture(i).save(path / f"class_{i % 2}" / f"{i:02}.png")
+        (path / f"class_{i % 2}" / f"{i:02}.txt").write_text(f" number {i}\n")
+    return path
+
+
+def csv_file(path, n):
+    pictures(path, n)
+    (path / "metadata.jsonl").unlink()
+    with open(path / "list.csv", "w", newline="", encoding="utf-8-sig") as file:  # as Excel does
+        rows = [[f"{i}.png", f"number {i}", "no picture"] for i in range(n)]
+        csv.writer(file).writerows([["file_name", "text", "image"], *rows])
+    return path / "list.csv"
+
+
+def parquet(path, n):
+    path.mkdir()
+    rows = {
+        "img": [{"bytes": png(i), "path": None} for i in range(n)],
+        "text": [f"number {i}" for i in range(n)],
+        "label": [i % 2 for i in range(n)],
+    }
+    table = Dataset.from_dict(rows).cast_column("img", ImageFeature())
+    table = table.cast_column("label", ClassLabel(names=["cat", "otter"]))
+    table.to_parquet(path / "0.parquet")
+    return path
+
+
+def webdataset(path, n):
+    """With pickles that must not be opened: they would make a file."""
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (path / "sprung",)
+
+    path.mkdir()
+    traps = [(suffix, pickle.dumps(Trap())) for suffix in ("pkl", "pickle", "pyd")]
+    with tarfile.open(path / "0.tar", "w") as tar:
+        for i in range(n):
+            nested = json.dumps({"said": {"long": f"the number {i}"}}).encode()
+            parts = [("png", png(i)), ("txt", f"number {i}".encode()), ("json", nested)]
+            for suffix, content in parts + traps:
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_every_layout_gives_the_same_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s a stream
+    n, orders = 11, {}
+    for make in (folder, pictures, csv_file, parquet, webdataset):
+        source = make(tmp_path / make.__name__, n)
+        for streaming in ([], ["--streaming"]):
+            name = make.__name__ + "".join(streaming)
+            run(source, tmp_path / name, "--chunk-rows", 4, *streaming)
+            found = prepared(tmp_path / name)
+            assert sorted(found) == list(range(n)), name
+            for row, cells in found.items():
+                number = int(cells["captions"][0].removeprefix("number "))
+                assert make is folder or number == row  # a folder is read class by class
+                expected = prepare.fit(picture(number), [cells["bucket"]], 1.0)
+                assert torch.equal(cells["image"], expected), name
+            orders[name] = list(found)
+    assert orders["pictures"] == orders["parquet"] != orders["parquet--streaming"]
+    assert not (tmp_path / "webdataset" / "sprung").exists()
+    run(tmp_path / "webdataset", tmp_path / "nested", "--caption", "json.said.long")
+    assert captions(tmp_path / "nested") == {i: [f"the number {i}"] for i in range(n)}
+
+
+def test_what_is_no_source(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    trap = f"open({str(tmp_path / 'sprung')!r}, 'w')"
+    for name, content, source, reason in (
+        ("empty/script.py", trap, "empty", "holds no images: put images"),
+        ("empty/script.py", trap, "empty/script.py", "could not be loaded"),
+        ("a.jsonl", "", "a.jsonl", "could not be loaded: it is empty"),
+        ("b.jsonl", '{"sketch": 1}', "b.jsonl", "has no column text; there are: sketch"),
+        ("c.jsonl", "{half", "c.jsonl", "could not be loaded"),
+        ("d.parquet", "no", "d.parquet", "could not be loaded"),
+        ("e.jsonl", '{"file_name": "a", "text": "b"}\n[1]', "e.jsonl", "could not be loaded"),
+        ("f.jsonl", '{"file_name": null, "text": "b"}', "f.jsonl", "row 0 (no image)"),
+        ("g.csv", 'file_name,text\na,"b"\na,b, c', "g.csv", "Expected 2 fields in line 3, saw 3"),
+        ("g.csv", "", "nobody/nothing-at-all", "could not be loaded"),
+    ):
+        (tmp_path / name).write_text(content)
+        source = tmp_path / source if (tmp_path / source).exists() else source
+        refused(capsys, reason, source, tmp_path / "out", "--bad-limit", 0.001)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not (tmp_path / "sprung").exists()
 
 
 # --- the whole -----------------------------------------------------------------------------------
 
 
 def test_every_row_comes_once_with_its_picture_and_captions(tmp_path):
-    bad = [{"file_name": "0.png", "text": 7}, {"file_name": "none.png", "text": "a"}]
-    bad += [{"file_name": "cut.png", "text": "a"}, {"file_name": "0.png", "text": ""}]
-    bad += [{"file_name": "tiny.png", "text": "a"}]
-    source = pictures(tmp_path / "source", bad=bad)
+    lines = [("0.png", 7), ("none.png", "a"), ("cut.png", "a"), ("0.png", ""), ("tiny.png", "a")]
+    lines = [{"file_name": name, "text": text} for name, text in lines]
+    source, out = pictures(tmp_path / "source", lines=lines), tmp_path / "data"
     (source / "cut.png").write_bytes((source / "1.png").read_bytes()[:200])
     Image.new("RGB", (9, 9)).save(source / "tiny.png")
-    data = run(source, tmp_path / "data", "--shard-mb", 0.004, "--batch", 4, "--bad-limit", 0.1)
-    found = rows_of(data)
-    assert sorted(found) == list(range(40))
-    manifest = data.manifest
-    splits = Counter(split for split, *_ in found.values())
-    assert manifest["rows"] == {
-        "train": splits["train"], "validation": splits["validation"], "bad": 4, "small": 1,
-        "duplicates": 0,
-    }  # fmt: skip
-    assert 1 <= splits["validation"] <= 4  # a tenth of 45, of which some may be bad
-    buckets = Counter(bucket for split, bucket, _ in found.values() if split == "train")
-    assert {(b["height"], b["width"]): b["rows"] for b in manifest["buckets"]} == buckets
-    assert len(buckets) == 3 and len(data.shards) > 6
-    for number, (_, bucket, row) in found.items():
-        with Image.open(source / f"{number}.png") as image:
-            expected = prepare.fit(image, [bucket], 1.0)
-            assert bucket == tuple(expected.shape[1:])
-        assert torch.equal(row.image, expected)
-        assert row.captions == [f"number {number}"]
+    manifest = run(source, out, "--chunk-rows", 8, "--batch", 2, "--bad-limit", 0.1)
+    found, all_buckets = prepared(out), prepare.make_buckets(16, 4, 2.0)
+    assert sorted(found) == list(range(40)) and len(manifest["chunks"]) == 6
+    for number, row in found.items():
+        assert torch.equal(row["image"], prepare.fit(picture(number), all_buckets, 1.0))
+        assert row["captions"] == [f"number {number}"]
         text = HashText(tokens=8)([f"number {number}"])[0]
-        assert torch.equal(row.features[0], text[:2].half()) and not text[2:].any()
-    text = (tmp_path / "data" / "left_out.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    reasons = {(line["row"], line["kind"]): line["reason"] for line in lines}
-    assert reasons.keys() == {(40, "bad"), (41, "bad"), (42, "bad"), (43, "bad"), (44, "small")}
+        assert row["text"] == [text[:2].half().numpy().tobytes()] and not text[2:].any()
+    splits = Counter(row["split"] for row in found.values())
+    assert 1 <= splits["validation"] <= 4  # a tenth of 45, of which a few may be bad
+    assert manifest["rows"] == {**splits, "bad": 4, "small": 1, "dropped": 0}
+    buckets = Counter(row["bucket"] for row in found.values() if row["split"] == "train")
+    assert {(b["height"], b["width"]): b["rows"] for b in manifest["buckets"]} == buckets
+    assert len(buckets) == 3 and manifest["null_text"] == ""  # of hash: nothing at all
+    reasons = left_out(out)
+    kinds = [(40, "bad"), (41, "bad"), (42, "bad"), (43, "bad"), (44, "small")]
+    assert sorted(reasons) == kinds and reasons[43, "bad"] == "no caption"
     assert "caption column text holds 7, must be text" in reasons[40, "bad"]
-    assert "truncated" in reasons[42, "bad"] and reasons[43, "bad"] == "no caption"
-    assert data.null_text.shape == (0, 128)  # of hash: nothing at all
+    assert "truncated" in reasons[42, "bad"] and "none.png" in reasons[41, "bad"]
 
 
 def test_the_order_is_shuffled_and_validation_keeps_its_times(tmp_path):
-    source = pictures(tmp_path / "source", n=120, sizes=SIZES[:1])
-    data = run(source, tmp_path / "data")
-    (train,) = data.of("train").values()
-    numbers = data.table(train[0]).column("row").to_pylist()
-    assert numbers != sorted(numbers)
-    ((held,),) = data.of("validation").values()
-    assert sorted(data.table(held).column("t_index").to_pylist()) == list(range(8))
-    again = run(source, tmp_path / "again")
-    assert again.manifest == data.manifest
-    parts = tmp_path / "parts"
-    run(source, parts, "--part", "1/2")
-    both = run(source, parts, "--part", "0/2")
-    split = [s for s in both.shards if s.split == "validation"]
-    times = {
-        both.table(s).column("row")[i].as_py(): both.table(s).column("t_index")[i].as_py()
-        for s in split for i in range(s.rows)
-    }  # fmt: skip
-    mine = data.table(held)
-    assert times == dict(
-        zip(mine.column("row").to_pylist(), mine.column("t_index").to_pylist(), strict=True)
-    )
+    source, out = pictures(tmp_path / "source", n=120, sizes=SIZES[:1]), tmp_path / "data"
+    train, held = run(source, out)["ranges"]
+    assert [train["split"], held["split"]] == ["train", "validation"]
+    assert [train["rows"], held["rows"]] == [112, 8]
+    order = np.random.default_rng(mix_seed(0, "prepare", 0)).permutation(120).tolist()
+    taken = order[9:80:10]  # every tenth, until there are eight
+    found = prepared(out)
+    assert list(found) == [n for n in order if n not in taken] + taken != sorted(found)
+    assert [row["t_index"] for row in found.values()] == [0] * 112 + list(range(8))
 
 
-KILL = """
+KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
-import prepare, data_t2i
-original, calls = prepare.write_shard, []
-def write_shard(folder, file, *rest):
-    calls.append(file)
-    if len(calls) == 3:
-        (folder / f'{{file}}'.replace('shards/', 'shards/.')).write_bytes(b'half')
-    shard = original(folder, file, *rest)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)  # the shard is there, the journal does not say so
-    return shard
-prepare.write_shard = write_shard
-data_t2i.main(sys.argv[1:])
+from tools import prepare
+write, left = prepare.write_whole, [5]
+def write_whole(path, content):
+    left[0] -= 1
+    if not left[0]:
+        path.with_name("." + path.name).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+prepare.write_whole = write_whole
+prepare.main(sys.argv[1:])
 """
 
 
-def test_a_part_at_work_is_not_started_twice(tmp_path, capsys):
-    source, out = pictures(tmp_path / "source", n=6), tmp_path / "data"
-    (out / "parts").mkdir(parents=True)
-    with prepare.locked(out / "parts" / "0of1.lock"):
-        refused(capsys, "--part 0/1 of", source, out)
-    run(source, out)
+def test_kills_and_parts_change_no_byte(tmp_path):
+    source = pictures(tmp_path / "source", lines=[{"file_name": "none.png", "text": "a"}])
+    extra = ["--chunk-rows", "6", "--batch", "2", "--bad-limit", "0.1"]
+    run(source, tmp_path / "whole", *extra)
+    out = tmp_path / "parts"
+    command = [sys.executable, "-c", KILLED, str(source), "--out", str(out), *OPTIONS, *extra]
+    killed = subprocess.run([*command, "--part", "0/2"], cwd=ROOT, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    first = out / "chunks" / "00000.arrow"
+    made = first.stat().st_mtime_ns
+    assert run(source, out, *extra, "--part", "1/3") is None  # chunks 1 and 4
+    assert run(source, out, *extra, "--part", "1/2") is None  # and 3 and 5
+    run(source, out, *extra, "--part", "0/2")
+    assert sorted(prepared(out)) == list(range(40)) and first.stat().st_mtime_ns == made
+    parts = written(out)
+    assert parts.pop(".00002.json") == b"half" and parts == written(tmp_path / "whole")
+    run(source, out, *extra, "--part", "1/2")  # once more does nothing
+    assert first.stat().st_mtime_ns == made
 
 
-def test_bad_rows_are_tried_again(tmp_path, capsys):
-    bad = [{"file_name": f"late {i}.png", "text": "a"} for i in range(6)]
-    source, out = pictures(tmp_path / "source", bad=bad), tmp_path / "data"
-    refused(capsys, "6 of 46 rows are bad", source, out)
-    for i in range(6):
-        Image.new("RGB", (48, 48)).save(source / f"late {i}.png")
-    data = run(source, out)
-    assert sorted(rows_of(data)) == list(range(46)) and data.manifest["rows"]["bad"] == 0
+def test_a_full_disk_leaves_what_is_whole(tmp_path, monkeypatch, capsys):
+    source, out = pictures(tmp_path / "source"), tmp_path / "data"
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 6:  # the settings, two chunks, the .arrow of a third
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(capsys, "No space left on device", source, out, "--chunk-rows", 5)
+    names = ["00000.arrow", "00000.json", "00001.arrow", "00001.json", "00002.arrow"]
+    assert sorted(file.name for file in (out / "chunks").iterdir()) == names
+    run(source, out, "--chunk-rows", 5)
+    assert sorted(prepared(out)) == list(range(40))
 
 
-def test_a_source_that_grew_is_noticed(tmp_path, capsys):
-    source, out = pictures(tmp_path / "source", n=6), tmp_path / "data"
-    run(source, out, "--part", "0/2")
-    with open(source / "metadata.jsonl", "a") as file:
-        print(json.dumps({"file_name": "0.png", "text": "one more"}), file=file)
-    refused(capsys, "was begun with source_rows 6, now it is 7", source, out, "--part", "0/2")
+def test_bad_rows_are_tried_again_until_all_is_done(tmp_path, capsys):
+    lines = [{"file_name": f"late {i}.png", "text": "a"} for i in range(6)]
+    source, out = pictures(tmp_path / "source", lines=lines), tmp_path / "data"
+    extra = ["--chunk-rows", 8, "--streaming"]  # so that the last chunk holds them all
+    refused(capsys, "6 of 46 rows are bad: late 0.png ([Errno 2]", source, out, *extra)
+    made = (out / "chunks" / "00001.arrow").stat().st_mtime_ns
+    for i in range(5):
+        picture(i).save(source / f"late {i}.png")
+    manifest = run(source, out, *extra)
+    assert sorted(prepared(out)) == list(range(45)) and manifest["rows"]["bad"] == 1
+    assert (out / "chunks" / "00001.arrow").stat().st_mtime_ns == made
+    picture(5).save(source / "late 5.png")
+    assert run(source, out, *extra) == manifest  # it is done
 
 
 def test_pictures_of_phones_stand_upright(tmp_path):
@@ -210,330 +352,135 @@ def test_pictures_of_phones_stand_upright(tmp_path):
         exif = image.getexif()
         exif[0x0112] = 6  # to be turned by 90 degrees
         image.save(source / "0.png", exif=exif)
-    ((_, bucket, row),) = rows_of(run(source, tmp_path / "data")).values()
-    assert bucket == (20, 12) and row.image.shape == (3, 20, 12)
-
-
-def test_two_processes_killed_once_and_continued(tmp_path):
-    bad = [{"file_name": "cut.png", "text": "a"}]
-    source = pictures(tmp_path / "source", n=60, bad=bad)
-    (source / "cut.png").write_bytes((source / "1.png").read_bytes()[:100])
-    out = tmp_path / "data"
-    extra = ["--shard-mb", "0.004", "--batch", "2", "--bad-limit", "0.1"]
-    command = [sys.executable, "-c", KILL.format(root=str(ROOT)), "prepare", str(source)]
-    command += ["--out", str(out), *OPTIONS, *extra, "--part"]
-    killed = [
-        subprocess.Popen([*command, f"{part}/2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for part in range(2)
-    ]
-    for process in killed:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, said.decode()[-2000:]
-    with open(out / "parts" / "1of2.jsonl", "a") as journal:
-        journal.write('["shard", ["shards/tra')  # a line that was cut off
-    assert run(source, out, *extra, "--part", "0/2") is None  # part 1 is not done
-    data = run(source, out, *extra, "--part", "1/2")
-    assert sorted(rows_of(data)) == list(range(60))
-    assert data.manifest["rows"]["bad"] == 1
-    assert {f"shards/{p.name}" for p in (out / "shards").iterdir()} == {s.file for s in data.shards}
-    before = (out / "manifest.json").read_bytes()
-    run(source, out, *extra, "--part", "1/2")  # once more does nothing
-    assert (out / "manifest.json").read_bytes() == before
-
-
-def test_a_full_disk_leaves_what_is_there_valid(tmp_path, monkeypatch, capsys):
-    source, out = pictures(tmp_path / "source"), tmp_path / "data"
-    extra = ["--shard-mb", 0.004, "--batch", 4]
-    original, calls = os.fsync, []
-
-    def fsync(file):
-        calls.append(file)
-        if len(calls) > 8:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(file)
-
-    monkeypatch.setattr(cache.os, "fsync", fsync)
-    refused(capsys, "No space left on device", source, out, *extra)
-    whole = prepare.Journal(out, 0, 1).shards
-    assert whole and not list((out / "shards").glob(".*")) and not (out / "manifest.json").exists()
-    for shard in whole:
-        assert len(cache.open_shard(out / shard.file)) == shard.rows
-    monkeypatch.setattr(cache.os, "fsync", original)
-    assert sorted(rows_of(run(source, out, *extra))) == list(range(40))
-
-
-def test_too_many_bad_rows_end_it(tmp_path, capsys):
-    bad = [{"file_name": f"missing {i}.png", "text": "a"} for i in range(9)]
-    source = pictures(tmp_path / "source", bad=bad)
-    refused(capsys, "9 of 49 rows are bad: ", source, tmp_path / "data")
+    assert run(source, tmp_path / "data")["buckets"] == [{"height": 20, "width": 12, "rows": 1}]
 
 
 # --- captions ------------------------------------------------------------------------------------
 
 
-def test_several_caption_columns_with_weights(tmp_path):
-    data = run(
-        pictures(tmp_path / "source"),
-        tmp_path / "data",
-        "--caption",
-        "text:3",
-        "--caption",
-        "other",
-    )
-    assert data.manifest["captions"] == [
-        {"column": "text", "weight": 3.0}, {"column": "other", "weight": 1.0},
-    ]  # fmt: skip
-    for number, (_, _, row) in rows_of(data).items():
-        other = None if number % 4 == 1 else f"other {number}"
-        assert row.captions == [f"number {number}", other]
-        assert (row.features[1] is None) == (other is None)
+def test_several_caption_columns_with_weights_and_eight_bits(tmp_path):
+    source, out = pictures(tmp_path / "source"), tmp_path / "data"
+    manifest = run(source, out, "--caption", "text:3", "--caption", "other", "--text-bits", 8)
+    columns = [{"column": "text", "weight": 3.0}, {"column": "other", "weight": 1.0}]
+    assert manifest["captions"] == columns
+    for number, row in prepared(out).items():
+        assert row["captions"] == [
+            f"number {number}",
+            None if number % 4 == 1 else f"other {number}",
+        ]
+        for said, blob in zip(row["captions"], row["text"], strict=True):
+            if said:  # LavenderFlow's bytes
+                text = HashText(tokens=8)([said])[0, :2].clamp(-0.25, 0.25)
+                assert list(blob) == ((text * 2 + 0.5) * 255).round().flatten().tolist()
+            else:
+                assert blob is None
 
 
-def test_labels_become_captions(tmp_path):
-    from test_sources import folder, parquet
-
-    options = ["--label", "label", "--label-template", "{a} is {} here", "--max-upscale", "9"]
-    data = run(parquet(tmp_path / "parquet"), tmp_path / "a", *options)
-    assert {row.captions[0] for *_, row in rows_of(data).values()} == {
-        "a cat is cat here", "an otter is otter here",
-    }  # fmt: skip
-    data = run(folder(tmp_path / "folder"), tmp_path / "b", *options)
-    assert {r.captions[0] for *_, r in rows_of(data).values()} == {
-        "a class 0 is class 0 here", "a class 1 is class 1 here",
-    }  # fmt: skip
-
-
-def test_eight_bits_are_lavenderflows():
-    form = TextFormat(tokens=5, dim=6, bits=8)
-    x = torch.zeros(5, 6)
-    x[:3] = torch.linspace(-0.4, 0.4, 18).view(3, 6)
-    blob = form.pack(x)
-    expected = ((x[:3].clamp(-0.25, 0.25) * 2 + 0.5) * 255).round()
-    assert list(blob) == expected.flatten().int().tolist()
-
-    def back(form, *features):
-        return form.expand(form.join([form.read(form.pack(f)) for f in features]))
-
-    (found,) = back(form, x)
-    assert found.shape == (5, 6) and not found[3:].any() and found.dtype == torch.float32
-    assert (found[:3] - x[:3].clamp(-0.25, 0.25)).abs().max() <= 0.25 / 255 + 1e-6
-    wide = TextFormat(5, 6, bits=8, reach=0.5)
-    assert (back(wide, x)[0] - x).abs()[:3].max() <= 0.5 / 255 + 1e-6
-    full = TextFormat(5, 6)
-    assert torch.equal(back(full, x)[0], x.half().float()) and len(full.pack(x)) == 3 * 6 * 2
-    assert form.pack(torch.zeros(5, 6)) == b""
-    y, nothing = torch.randn(5, 6), torch.zeros(5, 6)  # of several lengths, each in its own place
-    assert torch.equal(
-        back(full, nothing, x, y, nothing), torch.stack([nothing, x, y, nothing]).half().float()
-    )
+def test_columns_are_joined_and_rows_dropped(tmp_path):
+    source, out = pictures(tmp_path / "source"), tmp_path / "data"
+    extra = ["--chunk-rows", 16, "--caption", "text", "--caption", "again"]
+    columns = {"drop": [True, False, True, False], "again": ["a", "b", "c", None]}
+    for name, values in columns.items():
+        prepare.write_table(tmp_path / name, {"row": [17, 3, 9, 4], name: values})
+        extra += ["--with", tmp_path / name]
+    assert run(source, out, *extra)["rows"]["dropped"] == 2
+    said = captions(out)
+    assert sorted(said) == [i for i in range(40) if i not in (9, 17)]
+    assert said[3] == ["number 3", "b"] and said[4][1] is said[5][1] is None
+    assert sorted(left_out(out)) == [(9, "dropped"), (17, "dropped")]
 
 
-def test_recaptioning_writes_a_column_of_its_own(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = tiny_captioner(tmp_path / "model", transformers)
-    data = run(
-        pictures(tmp_path / "source", n=6), tmp_path / "data", "--recaption", model,
-        "--recaption-weight", 2, "--caption", "text",
-    )  # fmt: skip
-    assert data.manifest["captions"] == [
-        {"column": "text", "weight": 1.0}, {"column": "recaption", "weight": 2.0},
-    ]  # fmt: skip
-    for number, (_, _, row) in rows_of(data).items():
-        assert row.captions[0] == f"number {number}" and row.captions[1]
-        expected = HashText(tokens=8)([row.captions[1]])[0].half()
-        assert torch.equal(row.features[1], expected[: len(row.features[1])])
-        assert not expected[len(row.features[1]) :].any()
-
-
-def tiny_captioner(folder, transformers):
-    """A random BLIP of two layers whose every word is one of six; its folder."""
-    words = ["[PAD]", "[SEP]", "[CLS]", "[UNK]", "red", "blue", "ring", "square", "a", "on"]
-    (folder).mkdir()
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
-    image = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
-    transformers.BlipProcessor(image, tokenizer).save_pretrained(folder)
-    text = {
-        "vocab_size": len(words), "hidden_size": 16, "encoder_hidden_size": 16,
-        "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "bos_token_id": 4, "eos_token_id": 1, "pad_token_id": 0, "sep_token_id": 1,
-        "projection_dim": 16,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "image_size": 16,
-        "num_attention_heads": 2,
-        "patch_size": 8,
-        "projection_dim": 16,
-    }
-    torch.manual_seed(0)
-    config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
-    return str(folder)
+@pytest.mark.parametrize("make", [folder, parquet])
+def test_labels_become_captions(tmp_path, make):
+    options = ["--label", "label", "--label-template", "{a} is {} here"]
+    run(make(tmp_path / "source", 4), tmp_path / "data", *options)
+    assert {said for (said,) in captions(tmp_path / "data").values()} == {
+        folder: {"a class 0 is class 0 here", "a class 1 is class 1 here"},
+        parquet: {"a cat is cat here", "an otter is otter here"},
+    }[make]
 
 
 # --- encoders ------------------------------------------------------------------------------------
 
 
 def test_moments_of_a_vae_and_features_of_a_t5(tmp_path):
-    vae, t5 = tiny_vae(tmp_path / "vae"), tiny_t5(tmp_path / "t5")
+    vae, t5, out = tiny_vae(tmp_path / "vae"), tiny_t5(tmp_path / "t5"), tmp_path / "data"
     source = pictures(tmp_path / "source", n=12)
-    data = run(source, tmp_path / "data", "--vae", vae, "--text-encoder", t5)
-    assert data.manifest["image"] == {"kind": "moments", "channels": 4, "factor": 2}
+    manifest = run(source, out, "--vae", vae, "--text-encoder", t5)
+    assert manifest["image"] == {"kind": "moments", "channels": 4, "factor": 2}
     image, text = VAE(vae), text_encoder(t5, 8)
-    for number, (_, bucket, row) in rows_of(data).items():
-        with Image.open(source / f"{number}.png") as file:
-            pixels = prepare.fit(file, [bucket], 1.0)[None]
-        assert row.image.shape == (2, *data.latent(bucket)) and row.image.dtype == torch.float16
-        grain = torch.randn(1, *data.latent(bucket))
-        direct = image.encode(pixels, grain)
-        stored = image.encode(row.image[None], grain)
-        assert torch.allclose(direct, stored, atol=2e-3)
-        assert not torch.allclose(stored, image.encode(row.image[None]), atol=2e-3)  # grain shows
-        expected = text(row.captions)[0]
-        assert torch.allclose(row.features[0].float(), expected[:3], atol=1e-3)  # and the end mark
+    for number, row in prepared(out, np.float16, (1, 2, 4), 2).items():
+        pixels, stored = prepare.fit(picture(number), [row["bucket"]], 1.0)[None], row["image"]
+        noise = torch.randn(stored[:, 0].shape)
+        assert torch.allclose(image.encode(pixels, noise), image.encode(stored, noise), atol=2e-3)
+        assert not torch.allclose(image.encode(stored), image.encode(stored, noise), atol=2e-3)
+        expected = text(row["captions"])[0]
+        features = torch.tensor(np.frombuffer(row["text"][0], np.float16).reshape(-1, 16))
+        assert torch.allclose(features.float(), expected[:3], atol=1e-3)  # and the end mark
         assert not expected[3:].any()
-    assert torch.allclose(data.null_text.float(), text([""])[0, :1], atol=1e-3)
+    null = np.frombuffer(base64.b64decode(manifest["null_text"]), np.float16)
+    assert np.allclose(null, text([""])[0, 0], atol=1e-3)
 
 
-def test_rows_that_are_encoded_already_pass_through(tmp_path):
-    from datasets import Dataset
-
-    vae, rng = tiny_vae(tmp_path / "vae"), np.random.default_rng(0)
-    raw = rng.integers(0, 256, (10, 4, 6, 6), dtype=np.uint8)
+def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
+    vae, out = tiny_vae(tmp_path / "vae"), tmp_path / "data"
+    raw = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 6), dtype=np.uint8)
     rows = {"latent": [x.tobytes() for x in raw], "caption": [f"number {i}" for i in range(10)]}
-    (tmp_path / "source").mkdir()
-    Dataset.from_dict(rows).to_parquet(tmp_path / "source" / "0.parquet")
-    data = run(
-        tmp_path / "source", tmp_path / "data", "--vae", vae, "--latent", "latent",
-        "--latent-shape", "4x6x6", "--latent-scale", 24 / 255, "--latent-offset", -12,
-    )  # fmt: skip
-    assert data.manifest["image"] == {"kind": "latents", "channels": 4, "factor": 2}
-    image = VAE(vae)
-    for number, (_, bucket, row) in rows_of(data).items():
-        assert bucket == (12, 12) and row.captions == [f"number {number}"]
+    Dataset.from_dict(rows).to_parquet(tmp_path / "0.parquet")
+    scale = ["--vae", vae, "--latent-scale", 24 / 255, "--latent-offset", -12, "--latent"]
+    command = [tmp_path / "0.parquet", out, *scale, "latent", "--latent-shape"]
+    refused(capsys, "must be channels x rows x columns; --vae", *command, "8x3x6")
+    manifest = run(*command, "4x6x6")
+    assert manifest["image"] == {"kind": "latents", "channels": 4, "factor": 2}
+    assert manifest["size"] == 12 and manifest["buckets"] == [
+        {"height": 12, "width": 12, "rows": 9}
+    ]
+    for number, row in prepared(out, np.float16, (1, 1, 4), 2).items():
         expected = torch.from_numpy(raw[number] * (24 / 255) - 12).float()
-        assert torch.allclose(row.image.float()[0], expected, atol=8e-3)
-        latents = image.encode(row.image[None], torch.randn(1, 4, 6, 6))
+        assert torch.allclose(row["image"].float()[0, 0], expected, atol=8e-3)
+        latents = VAE(vae).encode(row["image"], torch.randn(1, 4, 6, 6))
         assert torch.allclose(latents[0], expected * 0.13025, atol=2e-3)
 
 
-def test_missing_libraries_and_wrong_options_say_so(tmp_path, monkeypatch, capsys):
-    source, out = pictures(tmp_path / "source", n=4), tmp_path / "data"
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_wrong_options_and_missing_libraries_say_so(tmp_path, monkeypatch, capsys):
+    source, out = folder(tmp_path / "source", 4), tmp_path / "data"
+    prepare.write_table(tmp_path / "with", {"number": [1]})
     for extra, reason in (
-        (["--caption", "title"], "has no caption column title; there are: other, text"),
-        (["--caption", "text:much"], "'much' must be a number"),
-        (["--caption", "text:0"], "the weight must be above 0"),
-        (["--part", "2/2"], "--part 2/2 must be i/n"), (["--text-bits", 4], "must be 8 or 16"),
+        (["--caption", "title"], "has no column title; there are: file_name, label, text"),
+        (["--caption", "text:much"], "--caption text:much: the weight must be a number above 0"),
+        (["--caption", "text:0"], "the weight must be a number above 0"),
+        (["--part", "2/2"], "--part 2/2 must be i/n"),
+        (["--text-bits", 4], "--text-bits 4 must be one of 8, 16"),
         (["--label-template", "a {b}"], "may use {} and {a}"),
-        (["--size", 2], "--size 2 must be at least 4"), (["--batch", 0], "must be above 0"),
-        (["--latent", "z"], "no such column; there are: other, text"),
-    ):  # fmt: skip
+        (["--size", 2], "--size 2 must be at least 4"),
+        (["--latent", "z"], "has no column z; there are: file_name, label, text"),
+        (["--with", tmp_path / "with"], "--with must have a column row"),
+        (["--with", tmp_path / "none"], "No such file"),
+        (["--device", "abacus"], "--device 'abacus' is not here"),
+    ):
         refused(capsys, reason, source, out, *extra)
-        assert not out.exists()
-    for module, extra, reason in (
-        ("transformers", ["--text-encoder", "t5"], "pip install transformers"),
-        ("diffusers", ["--vae", "sdxl"], "pip install diffusers"),
-        ("transformers", ["--dedup", "clip"], "pip install transformers"),
-        ("transformers", ["--recaption", "blip"], "pip install transformers"),
+    for module, *extra in (
+        ("transformers", "--text-encoder", "t5"),
+        ("diffusers", "--vae", "sdxl"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            refused(capsys, reason, source, out, *extra)
+            refused(capsys, f"pip install {module}", source, out, *extra)
+    assert not out.exists()
+
+
+def test_other_options_and_a_source_that_grew_are_noticed(tmp_path, capsys):
+    source, out = pictures(tmp_path / "source", n=6), tmp_path / "data"
     run(source, out)
     refused(capsys, "was begun with size 16, now it is 20", source, out, "--size", 20)
-    refused(capsys, "was begun with parts 1, now it is 2", source, out, "--part", "0/2")
+    with open(source / "metadata.jsonl", "a") as file:
+        print(json.dumps({"file_name": "0.png", "text": "one more"}), file=file)
+    refused(capsys, "was begun with source_rows 6, now it is 7", source, out)
 
 
 def test_nothing_left_to_train_on(tmp_path, capsys):
     source = pictures(tmp_path / "source", n=4, sizes=[(8, 8)])
     refused(capsys, "no row is left to train on; 4 left out", source, tmp_path / "data")
-
-
-# --- duplicates ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("with_faiss", [True, False])
-def test_near_duplicates_go_and_are_reported(tmp_path, monkeypatch, with_faiss):
-    if not with_faiss:
-        monkeypatch.setitem(sys.modules, "faiss", None)
-    else:
-        pytest.importorskip("faiss")
-    source = pictures(tmp_path / "source", n=30, sizes=SIZES[:1])
-    with open(source / "metadata.jsonl", "a") as file:
-        for i in range(5):  # the same pictures, larger and as JPEG
-            with Image.open(source / f"{i}.png") as image:
-                image.resize((64, 64)).save(source / f"copy {i}.jpg", quality=80)
-            print(json.dumps({"file_name": f"copy {i}.jpg", "text": f"copy {i}"}), file=file)
-    data = run(source, tmp_path / "data", "--dedup", "pixels", "--dedup-threshold", 0.99)
-    found = rows_of(data)
-    text = (tmp_path / "data" / "duplicates.jsonl").read_text()
-    report = [json.loads(line) for line in text.splitlines()]
-    assert {frozenset((r["row"], r["repeats"])) for r in report} == {
-        frozenset((i, 30 + i)) for i in range(5)
-    }
-    assert all(0.99 <= r["cosine"] <= 1.001 for r in report)
-    assert len(found) == 30 and data.manifest["rows"]["duplicates"] == 5
-    assert not {r["row"] for r in report} & found.keys()
-    run(source, tmp_path / "data", "--dedup", "pixels", "--dedup-threshold", 0.99)  # does nothing
-    assert json.loads((tmp_path / "data" / "manifest.json").read_text()) == data.manifest
-    for shard in data.shards:
-        assert len(data.table(shard)) == shard.rows
-        assert (tmp_path / "data" / shard.file).stat().st_size == shard.bytes
-
-
-def test_duplicates_against_a_naive_search():
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(2500, 3)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = dedup.duplicates(vectors, 0.999)
-    cosines, kept = vectors @ vectors.T, []
-    for i in range(len(vectors)):
-        near = [j for j in kept if cosines[i, j] >= 0.999]
-        if near:
-            assert found[i] == (near[0], pytest.approx(cosines[i, near[0]], abs=1e-5))
-        else:
-            assert i not in found
-            kept.append(i)
-    assert 100 < len(found) < 2400
-
-
-def test_a_model_can_find_duplicates(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(
-        tmp_path / "vit"
-    )
-    source = pictures(tmp_path / "source", n=10, sizes=SIZES[:1])
-    with open(source / "metadata.jsonl", "a") as file:
-        print(json.dumps({"file_name": "3.png", "text": "again"}), file=file)
-    options = ["--dedup", str(tmp_path / "vit"), "--dedup-threshold", "0.99999"]
-    data = run(source, tmp_path / "data", *options)
-    assert data.manifest["rows"]["duplicates"] == 1 and len(rows_of(data)) == 10
-
-
-def test_pixel_embeddings_do_not_see_brightness():
-    x = torch.randint(60, 120, (3, 3, 32, 32), dtype=torch.uint8)
-    a, b = PixelEmbedder()(x), PixelEmbedder()(x + 40)
-    assert torch.allclose(a, b, atol=1e-4) and torch.allclose(a.norm(dim=1), torch.ones(3))
-
-
-# --- show ----------------------------------------------------------------------------------------
-
-
-def test_show_says_what_is_there(tmp_path, capsys):
-    run(pictures(tmp_path / "source"), tmp_path / "data")
-    capsys.readouterr()
-    data_t2i.main(["show", str(tmp_path / "data"), "--rows", "6", "--lengths", "50"])
-    said = capsys.readouterr().out
-    assert "train 36, validation 4" in said and "100% 2" in said  # two words a caption
-    for bucket in ("16 x 16", "12 x 20", "20 x 12"):
-        assert bucket in said
-    assert (tmp_path / "data" / "show.png").stat().st_size > 5000

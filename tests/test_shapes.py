@@ -1,12 +1,13 @@
-"""shapes.py: the world obeys its captions, the reader reads true pictures and no others."""
+"""inputs/shapes.py: the world obeys its captions, the reader reads true pictures and no others."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
-import shapes
-from shapes import (
+from inputs import shapes
+from inputs.shapes import (
     COLORS,
     SHAPES,
     SIZES,
@@ -159,10 +160,8 @@ def test_training_and_prompts_are_disjoint():
     assert len(asked) > 300 and not asked & trained
     assert all(not shapes.held_out_pair(*pair) for pair in pairs)
     assert len(pairs) == len(SHAPES) * (len(COLORS) - 1)
-    unseen_pairs = [
-        g for m, _ in shapes.prompts("colors", 200) for g in m.groups
-        if shapes.held_out_pair(g.shape, g.color)
-    ]  # fmt: skip
+    asked = [g for m, _ in shapes.prompts("colors", 200) for g in m.groups]
+    unseen_pairs = [g for g in asked if shapes.held_out_pair(g.shape, g.color)]
     assert len(unseen_pairs) > 20  # and prompts do ask for them
 
 
@@ -206,3 +205,28 @@ def test_bad_arguments_say_the_rule():
         Shapes(World(24, places=32))
     with pytest.raises(ValueError, match="single_object"):
         shapes.draw_meaning(np.random.default_rng(0), "texture")
+    with pytest.raises(ValueError, match="'hexagon' has no drawing"):
+        shapes.coverage(Thing("hexagon", "red", 0.3, 0.5, 0.5), 32)
+
+
+# --- the score -----------------------------------------------------------------------------------
+
+
+def test_true_pictures_score_one_and_exchanged_ones_do_not():
+    prompts = shapes.prompts_by_tag(TINY, 20)
+    assert [m.tag for m, _ in prompts[::20]] == list(TAGS)
+    assert all(shapes.held_out(*prompt) for prompt in prompts)
+    rng = np.random.default_rng(0)
+    drawn = [shapes.render(shapes.draw_scene(m, rng, TINY), TINY.size, rng) for m, _ in prompts]
+    pictures = torch.from_numpy(np.stack(drawn))
+    result = shapes.scores(prompts, shapes.obeyed(pictures, prompts))
+    assert list(result) == [*TAGS, "mean"] and result["mean"] > 0.98
+    exchanged = shapes.scores(prompts, shapes.obeyed(pictures.roll(20, 0), prompts))
+    assert exchanged["mean"] < 0.25  # pictures of another tag
+
+
+def test_the_mean_is_of_the_six_tags():
+    prompts = shapes.prompts_by_tag(TINY, 2)
+    result = shapes.scores(prompts, [True, True, True, False] + [False] * 8)
+    assert result["single_object"] == 1 and result["two_object"] == 0.5
+    assert result["mean"] == pytest.approx(1.5 / 6)

@@ -1,22 +1,32 @@
-"""experiments/toy2d.py: the distributions, the measures, the flow map, and a small run."""
-
-import csv
+"""experiments/toy2d.py: the distributions, the measures, the flow map, and small runs."""
 
 import numpy as np
 import pytest
 import torch
-import toy2d
+from helpers import call, records
+from PIL import Image
 
 import rf
+from experiments import toy2d
 
 
-@pytest.mark.parametrize("name", toy2d.SETS)
-def test_sets_are_where_they_should_be(name):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than these small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", toy2d.SOURCES)
+def test_points_are_where_they_should_be(name):
     points = toy2d.draw(name, 20_000, 0, "test")
     assert points.shape == (20_000, 2) and points.dtype == torch.float32
     assert points.mean(0).abs().max() < 0.1
     assert torch.equal(points, toy2d.draw(name, 20_000, 0, "test"))
-    assert not torch.equal(points, toy2d.draw(name, 20_000, 1, "test"))
+    for other in ((1, "test"), (0, "other")):
+        assert not torch.equal(points, toy2d.draw(name, 20_000, *other))
 
 
 def test_the_checkerboard_leaves_every_other_field_empty():
@@ -32,6 +42,7 @@ def test_eight_gaussians_lie_on_a_circle():
     assert float(points.norm(dim=1).mean()) == pytest.approx(2, abs=0.05)
     angle = torch.atan2(points[:, 1], points[:, 0]) / (2 * np.pi / 8)
     assert (angle - angle.round()).abs().mean() < 0.1
+    assert len(angle.round().remainder(8).unique()) == 8
 
 
 def test_energy_distance_of_shifted_gaussians():
@@ -43,57 +54,73 @@ def test_energy_distance_of_shifted_gaussians():
     assert toy2d.energy_distance(a, a) == pytest.approx(0, abs=1e-3)
 
 
+# --- the flow map --------------------------------------------------------------------------------
+
+DRIFT = torch.tensor([1.0, -2.0])
+
+
 class Straight(toy2d.FlowMap):
     """The exact map of the flow that moves everything by a constant velocity."""
 
-    def mean_velocity(self, x, s, t):
-        return torch.tensor([1.0, -2.0]).expand_as(x)
+    def velocity(self, x, s, t):
+        return DRIFT.expand_as(x)
 
 
-def test_the_lagrangian_loss_is_zero_for_the_exact_flow_map():
+class Bent(toy2d.FlowMap):
+    """X = x + (t−s)(1 + (t−s))·DRIFT: its slope is (1 + 2(t−s))·DRIFT, its diagonal says DRIFT."""
+
+    def velocity(self, x, s, t):
+        return DRIFT * (1 + (t - s))[:, None]
+
+
+def test_the_lagrangian_loss_is_zero_for_the_exact_flow_map_alone():
     data = torch.randn(50, 2)
-    source = data + torch.tensor([1.0, -2.0])
     r, s, t = torch.rand(3, 50)
-    loss = toy2d.lagrangian_loss(Straight(), data, source, r, s, t)
+    loss = toy2d.lagrangian_loss(Straight(), data, data + DRIFT, r, s, t)
     assert loss.shape == (50,) and loss.max() < 1e-9
-    assert torch.allclose(toy2d.walk_map(Straight(), source, 1), data, atol=1e-6)
-    assert torch.allclose(toy2d.walk_map(Straight(), source, 3), data, atol=1e-6)
-
-
-def test_the_lagrangian_loss_sees_a_map_that_does_not_move_as_its_flow():
-    class Bent(toy2d.FlowMap):
-        def mean_velocity(self, x, s, t):
-            return torch.tensor([1.0, -2.0]) * (1 + (t - s))[:, None]
-
-    data = torch.randn(50, 2)
-    source = data + torch.tensor([1.0, -2.0])
+    loss = toy2d.lagrangian_loss(Straight(), data, data - DRIFT, r, s, t)
+    assert torch.allclose(loss, torch.full((50,), 20.0), atol=1e-4)  # ‖2·DRIFT‖²
     s, t = torch.full((50,), 0.9), torch.full((50,), 0.4)
-    # X = x + (t−s)(1 + (t−s))·c: its slope is (1 + 2(t−s))·c, the diagonal says c
-    loss = toy2d.lagrangian_loss(Bent(), data, source, s, s, t)
+    loss = toy2d.lagrangian_loss(Bent(), data, data + DRIFT, s, s, t)
     assert torch.allclose(loss, torch.full((50,), 5 * (2 * 0.5) ** 2), atol=1e-4)
 
 
-def test_a_small_run_straightens_and_writes_everything(tmp_path):
-    rows = toy2d.main(["--sets", "moons", "--steps", "400", "--out", str(tmp_path)])
-    by_flow = {row["flow"]: row for row in rows}
-    assert by_flow["second"]["straightness"] < by_flow["first"]["straightness"] / 5
-    assert by_flow["second"]["cost"] < by_flow["real"]["cost"]
-    assert by_flow["second"]["energy_1"] < by_flow["first"]["energy_1"] / 3
-    with open(tmp_path / "toy2d.csv") as file:
-        assert [row["flow"] for row in csv.DictReader(file)] == ["real", "first", "second"]
-    page = (tmp_path / "moons.html").read_text()
-    assert 'type="range"' in page and "▶" in page
-    assert "://" not in page and "fa-" not in page  # nothing to fetch
-    assert (tmp_path / "moons.gif").stat().st_size > 10_000 and (tmp_path / "moons.png").exists()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_map_jumps_from_the_source_to_the_data(steps):
+    data = torch.randn(50, 2)
+    assert torch.allclose(toy2d.walk_map(Straight(), data + DRIFT, steps), data, atol=1e-6)
 
 
-def test_from_data_to_data(tmp_path):
-    rows = toy2d.main(
-        ["--sets", "moons", "--source", "gaussians", "--steps", "150", "--no-film", "--out",
-         str(tmp_path)]
-    )  # fmt: skip
-    assert all(row["source"] == "gaussians" for row in rows)
-    assert rows[1]["cost"] < rows[0]["cost"]
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def run(tmp_path, monkeypatch, *options):
+    """flow → its numbers, of smaller batches and fewer points than usual."""
+    monkeypatch.setattr(toy2d, "BATCH", 128)
+    monkeypatch.setattr(toy2d, "POINTS", 600)
+    call(toy2d.main, "--sets", "moons", "--out", tmp_path, *options)
+    rows = records(tmp_path / "toy2d.csv")
+    return {row["flow"]: {k: float(row[k] or "nan") for k in toy2d.COLUMNS[3:]} for row in rows}
+
+
+def test_a_small_run_straightens_and_writes_everything(tmp_path, monkeypatch, capsys):
+    found = run(tmp_path, monkeypatch, "--steps", 250, "--lagrangian")
+    assert list(found) == ["real", "first", "second", "map"]
+    real, first, second, jumps = found.values()
+    assert second["straightness"] < first["straightness"] / 5
+    assert second["cost"] < real["cost"] and first["cost"] < real["cost"]
+    assert max(second["energy_1"], jumps["energy_1"]) < first["energy_1"] / 3
+    assert real["energy_many"] < first["energy_many"] < first["energy_2"] < first["energy_1"]
+    assert f"{second['energy_1']:.4f}" in capsys.readouterr().out
+    with Image.open(tmp_path / "moons.gif") as film:
+        assert film.n_frames == toy2d.STEPS // 2 + 1
+    assert (tmp_path / "moons.png").stat().st_size > 10_000
+
+
+def test_from_data_to_data(tmp_path, monkeypatch):
+    found = run(tmp_path, monkeypatch, "--source", "gaussians", "--steps", 100)
+    assert found["first"]["cost"] < found["real"]["cost"]
+    assert {row["source"] for row in records(tmp_path / "toy2d.csv")} == {"gaussians"}
 
 
 def test_the_models_are_ordinary_ones_to_the_flow():

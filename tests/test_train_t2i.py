@@ -1,52 +1,33 @@
-"""train_t2i.py in one process: its pieces, what it writes, and what it says when it cannot."""
+"""train_t2i.py in one process: what it writes, how it goes on, and what it says when it cannot."""
 
-import csv
 import json
-import os
 import resource
 import shutil
-from pathlib import Path
+import sys
+from functools import partial, partialmethod
 
 import pytest
 import torch
+from helpers import SHAPES, call, exported, once_there, opened, records, refused, t2i
+from safetensors.torch import load_file, save_file
+from test_digits import write_mnist
+from test_encoders import tiny_t5, tiny_vae
 
-import report_t2i as report
 import rf
-import sample_t2i
-import shapes
-import train_t2i
-import zero
-from data_t2i import Samples, Shuffled, encode
-from encoders import HashText, Pixels
-from mmdit import load_model
-from options_t2i import RECIPES
+from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
+from inputs.shapes import TAGS
+from mmdit import MMDiT, fitted
+from tools import pairs
+from train_t2i import EMA_WIDTHS, RECIPES, Settings, annealing, learning_rate, read_ds_config
 
-OPTIONS = [
-    "--samples", 80, "--batch-size", 8, "--eval-every-samples", 40, "--save-every-samples", 40,
-    "--eval-prompts", 1, "--warmup-samples", 16, "--cooldown-samples", 16,
-]  # fmt: skip
+QUICK = """--seed 1 --samples 80 --batch-size 4 --eval-every-samples 40 --save-every-samples 40
+--threads 1 --eval-prompts 1 --sample-steps 1 --warmup-samples 16 --cooldown-samples 16"""
+NAMES = [rf.average_name(width) for width in EMA_WIDTHS]
 
 
-def arguments(out, *extra):
-    return train_t2i.build_parser().parse_args([str(x) for x in (*OPTIONS, "--out", out, *extra)])
-
-
-def train(out, *extra):
-    """As main() does, but errors come through and the process group stays for the next test."""
-    train_t2i.launch(arguments(out, *extra))
+def train(out, *options):
+    call(t2i, *QUICK.split(), "--out", out, *options)
     return out
-
-
-@pytest.fixture(autouse=True)
-def quiet_signals():
-    """The trainer takes over the signals; give them back."""
-    import signal
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    handlers = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -54,302 +35,366 @@ def done(tmp_path_factory):
     return train(tmp_path_factory.mktemp("done") / "run")
 
 
-def rows(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Options of runs that are over sooner: twelve pictures of digits."""
+    folder = tmp_path_factory.mktemp("few")
+    write_mnist(folder)
+    return ["--data", "mnist", "--data-dir", folder, "--samples", 20]
+
+
+def refuses(capsys, out, *options):
+    return refused(t2i, capsys, *QUICK.split(), "--out", out, *options)
+
+
+def saved(out):
+    return [int(path.name) for path in checkpoints(out / "checkpoints")]
+
+
+def newest(out):
+    return checkpoints(out / "checkpoints")[-1]
+
+
+def without_the_last(done, out):
+    """A copy of a run as if it had been killed after its first checkpoint."""
+    shutil.copytree(done, out)
+    shutil.rmtree(newest(out))
+    return out
+
+
+def same(a, b):
+    for name in ("log.csv", "eval.csv", "model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
-def test_a_run_leaves_pictures_logs_and_weights(done):
-    assert {p.name for p in done.iterdir()} == {
-        "checkpoints", "strips", "samples.png", "progress.png", "curves.png", "log.csv", "eval.csv",
-    }  # fmt: skip
-    log, evals = rows(done / "log.csv"), rows(done / "eval.csv")
-    assert [row["samples"] for row in log] == ["80"] and float(log[0]["loss"]) < 2
+def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
+    assert {path.name for path in done.iterdir()} == {
+        *("checkpoints", "strips", "samples.png", "progress.png", "curves.png"),
+        *("log.csv", "eval.csv", "model.safetensors", "config.json"),
+    }
+    log, evals = records(done / "log.csv"), records(done / "eval.csv")
+    assert [(row["step"], row["samples"], row["skipped"]) for row in log] == [
+        ("10", "40", "0"),
+        ("20", "80", "0"),
+    ]
+    assert float(log[0]["lr"]) == 0.004 and float(log[1]["lr"]) == 0.001
+    assert float(log[1]["loss"]) < 0.8 * float(log[0]["loss"])
     assert [row["samples"] for row in evals] == ["40", "80"]
     for row in evals:
-        by_time = [float(row[name]) for name in report.TIMES]
-        assert float(row["loss"]) == pytest.approx(sum(by_time) / 8, rel=1e-6)
-        tags = [float(row[tag]) for tag in shapes.TAGS]
-        assert float(row["mean"]) == pytest.approx(sum(tags) / 6, abs=1e-9)
-    newest = zero.checkpoints(done / "checkpoints")[-1]
-    assert newest.name == f"{80:012d}"
-    for width in ("0.05", "0.10"):
-        model = load_model(newest / f"ema_{width}")  # strict, without DeepSpeed
-        assert model.config.patch_size == 4 and model.config.text_dim == 128
-    run = json.loads((newest / "ema_0.05" / "config.json").read_text())["run"]
-    assert (run["size"], run["shapes"], run["samples_seen"]) == (20, 4, 80)
+        by_time = [float(row[f"loss_t{i}/8"]) for i in range(8)]
+        assert float(row["loss"]) == pytest.approx(sum(by_time) / 8)
+        assert float(row["mean"]) == pytest.approx(sum(float(row[tag]) for tag in TAGS) / 6)
+    assert saved(done) == [40, 80]
+    assert (done / "checkpoints" / "latest").read_text() == newest(done).name
+    average = read_averages(newest(done), NAMES[:1])[NAMES[0]]
+    exported = load_file(done / "model.safetensors")
+    assert exported.keys() == average.keys()
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    facts = Pipeline.open(done).facts
+    assert (facts["size"], facts["shapes"], facts["samples"]) == (20, 4, 80)
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path):
-    out = train(tmp_path / "run", "--save-every-samples", 16, "--keep", 2)
-    assert [int(p.name) for p in zero.checkpoints(out / "checkpoints")] == [64, 80]
-    assert (out / "checkpoints" / "latest").read_text() == f"{80:012d}"
+def test_averages_moments_and_rates_in_the_checkpoints(few, tmp_path):
+    """θ̂ₜ = β θ̂ₜ₋₁ + (1 − β) θₜ between neighbours, over the weights that they hold."""
+    how = [*few, "--save-every-samples", 4, "--keep", 5, "--lr", 0.01, "--loss", "pseudo_huber"]
+    out = train(tmp_path / "run", *how)
+    assert saved(out) == [4, 8, 12, 16, 20]
+    before = None
+    for t, path in enumerate(checkpoints(out / "checkpoints"), start=1):
+        weights = load_shard(path / "mp_rank_00_model_states.pt")["module"]
+        averages = read_averages(path, NAMES)
+        for name, width in zip(NAMES, EMA_WIDTHS, strict=True):
+            beta = (1 - 1 / t) ** (rf.gamma_from_sigma_rel(width) + 1)
+            for key, weight in weights.items():
+                expected = weight.double()
+                if t > 1:
+                    expected = beta * before[name][key].double() + (1 - beta) * expected
+                assert torch.allclose(averages[name][key].double(), expected, atol=1e-7), key
+        before = averages
+        (file,) = path.glob("*zero_pp_rank_*_optim_states.pt")
+        adamw = load_shard(file)["optimizer_state_dict"]["base_optimizer_state"]
+        if t == 1:  # Adam's first moment is a tenth of the gradient, which was clipped to 1
+            moments = torch.cat([state["exp_avg"] for state in adamw["state"].values()])
+            assert moments.norm().item() == pytest.approx(0.1, rel=1e-3)
+        groups = Pipeline.open(path).model.param_groups(0.01)
+        rate = learning_rate(
+            Settings(samples=20, batch_size=4, warmup_samples=16, cooldown_samples=16), t
+        )
+        assert [g["lr"] for g in adamw["param_groups"]] == [g["lr"] * rate for g in groups]
+        assert len(groups) > 1  # muP
 
 
-def test_the_clock_saves_once_each_time(tmp_path, monkeypatch):
-    saved, original = [], train_t2i.Run.save
-
-    def save(self):
-        saved.append(self.step)
-        original(self)
-
-    monkeypatch.setattr(train_t2i.Run, "save", save)
-    clock = iter([0.0, *range(0, 61, 6), *range(61, 1000)])  # seconds; a minute after ten steps
-    monkeypatch.setattr(zero.time, "monotonic", lambda: float(next(clock)))
-    train(tmp_path / "run", "--samples", 240, "--save-every-samples", 10_000, "--save-minutes", 1)
-    assert saved == [12, 30]  # heard one step after it was asked; then the end
-
-
-def test_the_exported_average_is_the_closed_form(tmp_path, monkeypatch):
-    """θ̂ = Σ_t w_t θ_t with w_t = (1 − β_t) Π_{s>t} β_s, over the recorded fp32 weights."""
-    history, original = [], train_t2i.Run.end_step
-
-    def record(self):
-        history.append(self.shards.whole_on_rank_0(self.shards.mine))
-        original(self)
-
-    monkeypatch.setattr(train_t2i.Run, "end_step", record)
-    out = train(tmp_path / "run")
-    newest = zero.checkpoints(out / "checkpoints")[-1]
-    for width in (0.05, 0.10):
-        gamma = rf.gamma_from_sigma_rel(width)
-        betas = [(1 - 1 / t) ** (gamma + 1) for t in range(1, len(history) + 1)]
-        expected, left = {}, 1.0
-        for weights, beta in zip(reversed(history), reversed(betas), strict=True):
-            for name, value in weights.items():
-                expected[name] = expected.get(name, 0) + left * (1 - beta) * value.double()
-            left *= beta
-        exported = load_model(newest / f"ema_{width:.2f}").state_dict()
-        moved = 0.0
-        for name, value in expected.items():
-            assert torch.allclose(exported[name].double(), value, atol=1e-6), name
-            moved = max(moved, (exported[name] - history[-1][name]).abs().max().item())
-        assert moved > 1e-4  # an average, not the last weights
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--save-every-samples 8 --keep 2", [16, 20]),
+        ("--save-minutes 1e-9", [8, 16, 20]),  # each request is heard one step later
+        ("--target-eval-loss 100 --eval-every-samples 8", [8]),
+        ("--target-eval-loss 0 --eval-every-samples 8", [20]),
+    ],
+)
+def test_when_a_run_saves_and_ends(few, tmp_path, capsys, options, expected):
+    out = train(tmp_path / "run", *few, *options.split())
+    assert saved(out) == expected
+    state = "finished" if expected[-1] == 20 else "stopped"
+    assert f"{state} at {expected[-1]} of 20 samples" in capsys.readouterr().out
 
 
-def test_resume_in_one_process_is_bit_for_bit(done, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(done, out)
-    shutil.rmtree(zero.checkpoints(out / "checkpoints")[-1])  # as if killed after the first
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_same(done, tmp_path, workers):
+    out = without_the_last(done, tmp_path / "run")
     (out / "log.csv").write_text("half a li")
-    train(out, "--resume", "auto")
-    for name in ("log.csv", "eval.csv"):
-        assert (out / name).read_bytes() == (done / name).read_bytes()
-    a, b = (zero.checkpoints(p / "checkpoints")[-1] / "ema_0.10" for p in (out, done))
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    call(t2i, "--resume", "--threads", 1, "--workers", workers, "--out", out)
+    same(out, done)
 
 
-def test_a_resumed_run_remembers_its_settings(tmp_path):
-    out = train(tmp_path / "run", "--lr", 1e-3, "--shift", 1.5)
-    record = zero.read_record(zero.checkpoints(out / "checkpoints")[-1])
-    args = train_t2i.build_parser().parse_args(["--out", str(out), "--resume", "auto"])
-    train_t2i.resolve(args, record)
-    assert (args.lr, args.shift, args.batch_size) == (1e-3, 1.5, 8)
-    with pytest.raises(ValueError, match=r"--lr 0.002 differs .* 0.001"):
-        train(out, "--resume", "auto", "--lr", 2e-3)
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [("--micro-batch 2", 1e-5), ("--precision bf16", 0.1), ("--compile on", 1e-4)],
+)
+def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, options, tolerance):
+    graphs = []
+
+    def backend(graph, inputs):  # inductor would take minutes
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = partialmethod(MMDiT.compile_blocks, backend=backend)
+    monkeypatch.setattr(MMDiT, "compile_blocks", compiled)
+    out = train(tmp_path / "run", *options.split())
+    a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
+    assert a == pytest.approx(b, abs=tolerance)
+    if "bf16" in options:
+        assert a != pytest.approx(b, abs=1e-4)
+        average = load_file(out / "model.safetensors").values()
+        assert any((p != p.bfloat16()).any() for p in average)  # fp32 on the whole way
+    assert bool(graphs) == ("compile" in options)
 
 
-def test_micro_batches_change_nothing(done, tmp_path):
-    out = train(tmp_path / "run", "--micro-batch", 2)
-    a, b = (float(rows(p / "log.csv")[-1]["loss"]) for p in (done, out))
-    assert a == pytest.approx(b, abs=1e-5)
+def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, capsys):
+    """Pairs of which one is not a number: one step of each epoch of three."""
+    made = tmp_path / "pairs"
+    how = ["--out", made, "--number", 20, "--steps", 1, "--device", "cpu"]
+    call(pairs.main, exported(tmp_path / "first", SHAPES), *how)
+    file = made / "00000.safetensors"
+    states = load_file(file)
+    captions = json.dumps(["a red ring"] * 20)
+    states["states"][3, 1] = torch.nan
+    save_file(states, file, {"captions": captions})
+    _, rows = opened(made, batch_size=6, seed=1)
+    bad = [rows.at(range(6 * k, 6 * k + 6))[0].isnan().any().item() for k in range(11)]
+    assert sum(bad) >= 3
+    options = ["--data", made, "--batch-size", 6, "--samples", 60, "--cooldown-samples", 36]
+    out = train(tmp_path / "run", *options)
+    (row,) = records(out / "log.csv")
+    steps = 9 - sum(bad[:9])  # that moved the weights before the tenth
+    assert int(row["skipped"]) == sum(bad[:10]) and float(row["loss"]) < 2
+    settings = Settings(samples=60, batch_size=6, warmup_samples=16, cooldown_samples=36)
+    assert float(row["lr"]) == pytest.approx(0.004 * learning_rate(settings, steps))
+    weights = load_file(out / "model.safetensors").values()
+    assert all(weight.isfinite().all() for weight in weights)
+    options += ["--max-bad-steps", 1, "--save-every-samples", 6]
+    line = refuses(capsys, tmp_path / "two", *options)
+    first = bad.index(True)
+    left = f"{tmp_path / 'two' / 'checkpoints'}/{6 * first:012d} is from before"
+    if not first:
+        left = "nothing was saved before it"
+    assert f"1 steps in a row were not finite, the last one step {first + 1} (on rank 0, lr" in line
+    assert f"{left}; start again with a lower --lr" in line
 
 
-def test_bf16_keeps_masters_and_averages_in_fp32(tmp_path, monkeypatch):
-    dtypes = {}
-    original = train_t2i.Run.save
-
-    def look(self):
-        dtypes["weights"] = self.dtype
-        dtypes["masters"] = {s.dtype for s in self.shards.mine}
-        dtypes["averages"] = {a.dtype for ema in self.emas.values() for a in ema.averages}
-        original(self)
-
-    monkeypatch.setattr(train_t2i.Run, "save", look)
-    out = train(tmp_path / "run", "--precision", "bf16")
-    assert dtypes["weights"] == torch.bfloat16
-    assert dtypes["masters"] == dtypes["averages"] == {torch.float32}
-    assert float(rows(out / "log.csv")[-1]["loss"]) < 2
-    tensors = load_model(zero.checkpoints(out / "checkpoints")[-1] / "ema_0.05").parameters()
-    assert any((p != p.bfloat16()).any() for p in tensors)  # not rounded on the way
+# --- other data ----------------------------------------------------------------------------------
 
 
-def test_the_target_loss_ends_the_run(tmp_path):
-    out = train(tmp_path / "run", "--target-eval-loss", 100.0)
-    assert int(zero.checkpoints(out / "checkpoints")[-1].name) == 40
+def test_a_run_from_another_at_a_larger_size(done, tmp_path):
+    """With --lr 0 the weights stay those it started with."""
+    out = train(tmp_path / "run", "--init", done, "--size", 24, "--samples", 4, "--lr", 0)
+    large, small = Pipeline.open(out), Pipeline.open(done)
+    assert large.facts["shift"] == pytest.approx(2 * 24 / 20)
+    assert (large.model.config.max_grid, small.model.config.max_grid) == (6, 5)
+    stretched = MMDiT(large.model.config)
+    stretched.start_from(small.model, 24 / 20)
+    state = large.model.state_dict()
+    for name, value in stretched.state_dict().items():
+        assert torch.equal(state[name], value), name
+    call(t2i, "--resume", "--threads", 1, "--out", out)  # its own weights, whatever became of done
 
 
 def test_a_latent_world_with_a_real_text_encoder(tmp_path):
     """The whole path through diffusers and transformers, with tiny models made here."""
-    from test_encoders import tiny_t5, tiny_vae
-
     text, vae = tiny_t5(tmp_path / "text"), tiny_vae(tmp_path / "vae")
-    extra = ["--vae", vae, "--text-encoder", text, "--size", 24, "--samples", 16]
-    out = train(tmp_path / "run", *extra)
-    model = load_model(zero.checkpoints(out / "checkpoints")[-1] / "ema_0.05")
-    assert (model.config.in_channels, model.config.text_dim) == (4, 16)
-    picture = tmp_path / "out.png"
-    sample_t2i.main([str(out), "a red ring", "--steps", "2", "--out", str(picture)])
-    assert picture.stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_text_matters(tmp_path):
-    """After a short run the right captions explain the pictures better than exchanged ones."""
-    n = 24_000
-    out = train(
-        tmp_path / "run", "--shapes", 2, "--colors", 3, "--batch-size", 32, "--samples", n,
-        "--lr", 0.002, "--warmup-samples", 1000, "--cooldown-samples", n // 2,
-        "--eval-every-samples", n, "--save-every-samples", n,
-    )  # fmt: skip
-    model = load_model(zero.checkpoints(out / "checkpoints")[-1] / "ema_0.10")
-    world, text, n = shapes.World(20, 2, 3, 10), HashText(tokens=12), 512
-    batch = Samples(Shuffled(shapes.Shapes(world, 1), 1), text, seed=1, dropout=0.0).__getitems__(
-        list(range(n))
-    )
-    data, words, _, noise = encode(batch, Pixels(), text, "cpu")
-    t = torch.full((n,), 0.8)
-    with torch.no_grad():
-        right, wrong, none = (
-            rf.rf_loss(model, data, w, t=t, noise=noise)
-            for w in (words, words.roll(1, 0), torch.zeros_like(words))
-        )
-    gain = wrong - right
-    assert wrong.mean() > 1.03 * right.mean()
-    assert none.mean() > right.mean()
-    assert gain.mean() > 5 * gain.std() / n**0.5  # five standard errors
+    how = ["--vae", vae, "--text-encoder", text, "--size", 24, "--samples", 8]
+    pipeline = Pipeline.open(train(tmp_path / "run", *how))
+    config = pipeline.model.config
+    assert (config.in_channels, config.text_dim) == (4, 16)
+    assert pipeline.draw(["a red ring"], pipeline.noise(0, [0])).shape == (1, 3, 24, 24)
 
 
 # --- pieces --------------------------------------------------------------------------------------
 
 
-def test_the_rate_warms_up_stays_and_cools_down():
-    args = arguments("x", "--warmup-samples", 80, "--cooldown-samples", 160)
-    args.samples, args.batch_size = 800, 8  # 100 steps
-    rates = [train_t2i.learning_rate(args, step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1 == rates[80] and rates[100] == 0
-    assert rates[90] == pytest.approx(0.5)
+def test_the_rate_warms_up_stays_and_cools_down_and_annealing_ends():
+    how = {"warmup_samples": 80, "cooldown_samples": 160, "anneal": 0.5}
+    settings = Settings(samples=796, batch_size=8, **how)  # 100 steps
+    rates = [learning_rate(settings, step) for step in (0, 9, 50, 80, 90, 100)]
+    assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0])
+    assert learning_rate(Settings(warmup_samples=0, cooldown_samples=0), 0) == 1
+    betas = [annealing(settings, seen) for seen in (0, 199, 398, 796)]
+    assert betas == pytest.approx([1, 0.5, 0, 0])
 
 
-@pytest.mark.parametrize("preset", list(RECIPES))
+@pytest.mark.parametrize("preset", RECIPES)
 def test_every_recipe_fits_its_network(preset):
-    args = train_t2i.build_parser().parse_args(["--preset", preset])
-    train_t2i.resolve(args, None)
-    config = train_t2i.model_config(
-        args, HashText(tokens=args.text_tokens), Pixels(), [(args.size,) * 2]
-    )
-    assert config.patch_values <= config.dim
-    assert args.size == config.max_grid * config.patch_size
+    size = RECIPES[preset]["size"]
+    config = fitted(preset, channels=3, text_dim=128, sides=[(size, size)])
+    assert config.patch_values <= config.dim and size == config.max_grid * config.patch_size
 
 
-def test_finite_mean_leaves_out_skipped_steps():
-    assert report.finite_mean(torch.tensor([1.0, float("nan"), 3.0, float("inf")])) == 2
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
-# --- what is wrong is said in one line -----------------------------------------------------------
-
-
-def refused(match, out, *extra, error=ValueError):
-    with pytest.raises(error, match=match) as caught:
-        train(out, *extra)
-    assert "\n" not in str(caught.value)
-
-
-def test_batch_arithmetic(tmp_path):
-    refused(r"64 / 24 = 2.67: take --batch-size 48", tmp_path, "--batch-size", 64,
-            "--micro-batch", 24)  # fmt: skip
-    refused(r"4 / 8 = 0.50: take --batch-size 8", tmp_path, "--batch-size", 4, "--micro-batch", 8)
-    config = json.loads(Path("ds_config.json").read_text())
+@pytest.mark.parametrize(
+    "typed, ranks, config, expected",
+    [
+        ({}, 1, {}, (64, 64, 1)),
+        ({"most_at_once": 24}, 1, {}, (64, 16, 4)),
+        ({}, 4, {"zero_optimization": {"stage": 1}}, (64, 16, 1)),
+        ({"batch_size": 12, "micro_batch": 2}, 2, {"train_batch_size": 12}, (12, 2, 3)),
+        ({"precision": "bf16"}, 1, {"bf16": {"enabled": True}}, (64, 64, 1)),
+        ({"micro_batch": 24}, 1, {}, "64 / 24 = 2.67: take --batch-size 48"),
+        ({"batch_size": 4, "micro_batch": 8}, 1, {}, "4 / 8 = 0.50: take --batch-size 8"),
+        (
+            {},
+            3,
+            {},
+            "x 3 ranks x a whole number of passes, but 64 / 63 = 1.02: take --batch-size 63",
+        ),
+        (
+            {},
+            1,
+            {"train_batch_size": 32},
+            r"train_batch_size 32 contradicts .* 64 \(64 = 64 x 1 ran",
+        ),
+        ({}, 1, {"zero_optimization": {"stage": 3}}, '"stage" 3 must be 2'),
+        ({}, 1, {"zero_optimization": OFFLOADED}, '"offload_optimizer" is not supported'),
+        ({}, 1, {"fp16": {}}, '"fp16" is not supported here: take it out'),
+        ({}, 1, {"bf16": {"enabled": True}}, "bf16 contradicts --precision fp32"),
+        ({}, 1, "{", "cannot be read"),
+    ],
+)
+def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config | {"train_batch_size": 32}))
-    refused(r"train_batch_size 32 contradicts .* 8 \(8 = 8 x 1 ranks x 1\)", tmp_path / "run",
-            "--ds-config", path)  # fmt: skip
-    path.write_text(json.dumps(config | {"zero_optimization": {"stage": 3}}))
-    refused(r'"stage" 3 must be 2', tmp_path / "run", "--ds-config", path)
-    offload = config["zero_optimization"] | {"offload_optimizer": {"device": "cpu"}}
-    path.write_text(json.dumps(config | {"zero_optimization": offload}))
-    refused('"offload_optimizer" is not supported', tmp_path / "run", "--ds-config", path)
-    path.write_text("{")
-    refused("cannot be read", tmp_path / "run", "--ds-config", path)
+    if not isinstance(config, str):
+        config = json.dumps(json.loads(Settings.ds_config.read_text()) | config)
+    path.write_text(config)
+    settings = Settings(ds_config=path, **{"precision": "fp32"} | typed)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read_ds_config(settings, ranks)
+        return
+    found = read_ds_config(settings, ranks)
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert tuple(found[key] for key in keys) == expected
+    assert found["bf16"]["enabled"] == (settings.precision == "bf16")
+    assert found["gradient_clipping"] == 1
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--preset huge", "--preset 'huge' must be one of tiny, tiny-wide, small"),
+        ("--precision fp8", "--precision 'fp8' must be one of auto, bf16, fp32"),
+        ("--compile maybe", "--compile 'maybe' must be one of auto, on, off"),
+        ("--samples 0", "--samples 0 must be at least 1"),
+        ("--micro-batch 3", "4 / 3 = 1.33: take --batch-size 3"),
+        ("--size 22", "a patch of 3 to 4 must divide what the network sees, 22x22"),
+        ("--size 12", "at least 20"),
+        ("--shapes 9", "2 to 6 shapes"),
+        ("--data nowhere", "--data nowhere is none of shapes, auto, mnist"),
+        ("--init nowhere", "nowhere holds no weights: train it first"),
+        ("--anneal 1.5", "--anneal 1.5 must lie in [0, 1]"),
+        ("--segments 2", "--segments 2 must divide the 0 of --data"),
+        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_bad_options_end_in_one_line(tmp_path, capsys, options, message):
+    line = refuses(capsys, tmp_path / "run", *options.split())
+    assert line.startswith("train_t2i.py: ") and message in line
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_deepspeed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_t2i, "find_spec", lambda name: None)
-    refused("deepspeed is not installed: pip install -r requirements.txt", tmp_path)
+def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert "several Slurm tasks without RANK: see the README" in refused(t2i, capsys)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
 
 
-def test_wrong_options(tmp_path):
-    refused("--preset 'huge' must be one of tiny", tmp_path, "--preset", "huge")
-    refused("--precision 'fp8' must be one of auto, bf16, fp32", tmp_path, "--precision", "fp8")
-    refused("--samples 0 must be at least 1", tmp_path, "--samples", 0)
-    refused(r"--size 22 must be a multiple of 4", tmp_path, "--size", 22)
-    refused("at least 20", tmp_path, "--size", 12)
-    refused("2 to 6 shapes", tmp_path, "--shapes", 9)
-    refused("--micro-batch 0 must be at least 1", tmp_path, "--micro-batch", 0)
+def spoiled(name, change):
+    """Do something to the files of a checkpoint."""
+    return lambda path: [change(file) for file in path.glob(name)]
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(done):
-    refused(r"already holds a run: continue it with --resume auto, replace it with --overwrite",
-            done)  # fmt: skip
+def edited(**changes):
+    def change(path):
+        file = path / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
 
 
-def test_wrong_or_partial_checkpoints(done, tmp_path):
-    out = tmp_path / "run"
-    refused("does not lie in", out, "--resume", zero.checkpoints(done / "checkpoints")[0])
-    refused("is no checkpoint of train_t2i.py", out, "--resume", out / "checkpoints" / "7")
-    refused("is not the last checkpoint: move .*80 away to go back", done, "--resume",
-            zero.checkpoints(done / "checkpoints")[0])  # fmt: skip
-    part = out / "checkpoints" / f"{40:012d}"
-    shutil.copytree(zero.checkpoints(done / "checkpoints")[0], part)
-    shutil.move(part / "ema_0.05", tmp_path)
-    shutil.move(part / "ema_0.10", tmp_path)
-    refused(r"is partial: its weights \(mp_rank_\*, ema_\*\) are missing", out, "--resume", "auto")
-    next(part.glob("zero_pp*")).unlink()
-    refused("is partial: it holds 0 of 1 optimizer shards; delete it", out, "--resume", "auto")
-    (part / "run.json").write_text('{"samples": 4')
-    refused("no readable run.json", out, "--resume", "auto")
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (None, "--lr 0.002", "--lr 0.002 differs from the run to resume, which has 0.004"),
+        (None, "--size 40", "--size 40 differs from the run to resume, which has 20"),
+        (edited(rows="0"), "", "was trained on other rows: give its --data"),
+        (edited(world_size="2"), "", "is partial: it holds 1 of 2 optimizer shards"),
+        (spoiled("*zero_pp*", lambda file: file.unlink()), "", "it holds 0 of 1 optimizer shards"),
+        (spoiled("mp_rank*", lambda file: file.unlink()), "", "and 0 mp_rank_*; delete it"),
+        (spoiled("run.json", lambda file: file.write_text("{")), "", "no readable run.json"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(done, tmp_path, capsys, change, options, message):
+    shutil.copytree(done, tmp_path / "run")
+    if change:
+        change(newest(tmp_path / "run"))
+    how = ("--resume", "--threads", 1, "--out", tmp_path / "run", *options.split())
+    assert message in refused(t2i, capsys, *how)
 
 
-def test_overwrite_removes_nothing_before_all_is_well(done, tmp_path):
+def test_a_folder_with_a_run_is_overwritten_only_when_all_is_well(done, few, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(done, out)
-    refused("--size 22 must be a multiple", out, "--overwrite", "--size", 22)
-    assert len(zero.checkpoints(out / "checkpoints")) == 2
-    train(out, "--overwrite", "--samples", 16)
-    assert [int(p.name) for p in zero.checkpoints(out / "checkpoints")] == [16]
+    line = refuses(capsys, out)
+    assert "already holds a run: continue it with --resume, replace it with --overwrite" in line
+    refuses(capsys, out, "--overwrite", "--size", 22)
+    assert saved(out) == [40, 80]
+    train(out, *few, "--overwrite")
+    assert saved(out) == [20] and [path.stem for path in (out / "strips").iterdir()] == [
+        f"{20:012d}"
+    ]
 
 
-def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    """No file may grow beyond a megabyte after the first save, which is how a full disk looks."""
-    original, limits = zero.save, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def save(engine, shards, folder, record, averages, keep):
-        if record["samples"] > 40:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        original(engine, shards, folder, record, averages, keep)
-
-    monkeypatch.setattr(zero, "save", save)
-    out = tmp_path / "run"
+def test_a_full_disk_leaves_the_last_checkpoint(done, tmp_path, capsys):
+    """No file may grow beyond 100 kB once there is a checkpoint: that is how a full disk looks."""
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        refused(r"could not be written: .*0040 still stands", out, error=OSError)
+        with once_there(out / "checkpoints" / "latest", fill):
+            line = refuses(capsys, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    monkeypatch.undo()
-    assert not (out / "checkpoints" / "partial").exists()
-    train(out, "--resume", "auto")
-    assert len(zero.checkpoints(out / "checkpoints")) == 2
-
-
-def test_main_says_it_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    with pytest.raises(SystemExit) as caught:
-        train_t2i.main(["--preset", "huge", "--out", str(tmp_path)])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err.strip() == (
-        "train_t2i.py: --preset 'huge' must be one of " + ", ".join(RECIPES)
-    )
-    assert "RANK" in os.environ
+    assert f"{80:012d} could not be written" in line and f"{40:012d} still stands" in line
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.is_dir()] == [
+        f"{40:012d}"
+    ]
+    call(t2i, "--resume", "--threads", 1, "--out", out)
+    same(out, done)

@@ -1,0 +1,159 @@
+"""What several test files need: runs of random weights, rows that are opened, commands."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_t2i
+from common.pipeline import Pipeline
+from common.settings import settle
+from common.start import Signals
+from inputs.encoders import image_encoder, text_encoder
+from inputs.rows import open_rows
+from mmdit import MMDiT, fitted
+
+SHAPES = {  # facts of a run of chapter 2, of 20 pixels
+    "size": 20,
+    "text_encoder": "hash",
+    "text_tokens": 12,
+    "vae": "pixels",
+    "channels": 3,
+    "words": [],
+    "text_format": None,
+    "cfg": 3.0,
+    "steps": 2,
+    "shift": 2.0,
+    "preset": "tiny",
+    "patch_size": 4,
+    "residual": "prenorm",
+    "samples": 80,
+    "source": "shapes",
+    "shapes": 4,
+    "colors": 6,
+    "places": 10,
+}
+DIGITS = SHAPES | {  # and of chapter 1, of 14 pixels
+    "size": 14,
+    "text_encoder": "words",
+    "text_tokens": 1,
+    "channels": 1,
+    "words": [str(i) for i in range(10)],
+    "cfg": 1.6,
+    "shift": 1.0,
+    "preset": "digits",
+    "patch_size": 7,
+    "source": "glyphs",
+    "shapes": 0,
+}
+
+
+def exported(folder, facts):
+    """A run's folder with random weights, as a trainer leaves it."""
+    torch.manual_seed(0)
+    text = text_encoder(facts["text_encoder"], facts["text_tokens"], "cpu", facts["words"])
+    image = image_encoder(facts["vae"], "cpu", facts["channels"])
+    side = facts["size"] // image.factor
+    sizes = {"channels": image.channels, "text_dim": text.dim, "sides": [(side, side)]}
+    how = {key: facts[key] for key in ("patch_size", "residual")}
+    model = MMDiT(fitted(facts["preset"], **sizes, **how))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    Pipeline(model, text, image, facts).save(folder)
+    return folder
+
+
+def opened(*data, stage=None, **typed):
+    """Chapter 2's settings, and the rows of --data."""
+    weights, seed = typed.get("data_weights", ()), typed.get("seed", 0)
+    rows = open_rows([str(name) for name in data], weights, seed=seed, stage=stage)
+    typed = {"data": rows.names, "batch_size": 8} | typed
+    how = {"saved": {}, "facts": rows.facts, "defaults": [rows.defaults]}
+    settings = settle(train_t2i.Settings, typed, **how)
+    return settings, rows.begin(settings)
+
+
+def call(main, *args):
+    return main([str(arg) for arg in args])
+
+
+def refused(main, capsys, *args):
+    """The one line with which the command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(main, *args)
+    assert ended.value.code == 1
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def close(found, expected, atol=1e-6, rtol=1e-5):
+    """Equal up to rounding, and of one shape."""
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, check_dtype=False)
+
+
+# --- runs of the trainers ------------------------------------------------------------------------
+
+
+def records(path):
+    """The rows of a CSV file, numbers as they are written."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def t2i(argv=None):
+    """Chapter 2's main in this process. The process group stays: DeepSpeed cannot begin another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        train_t2i.main(argv)
+
+
+@contextmanager
+def once_there(path, action):
+    """Inside, a thread calls action() as soon as the path exists."""
+    ended = threading.Event()
+
+    def watch():
+        while not path.exists():
+            if ended.wait(0.001):
+                return
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def stopped_once(path, number=signal.SIGTERM):
+    """Inside, this process is sent a signal as soon as the path exists; pytest survives it."""
+    with Signals(), once_there(path, lambda: os.kill(os.getpid(), number)):
+        yield
+
+
+def ranks(count, *command):
+    """Run a program of ours on so many ranks, to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+    assert [process.wait() for process in processes] == [0] * count

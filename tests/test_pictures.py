@@ -1,0 +1,99 @@
+"""common/pictures.py: each picture stands in its place, with its words, in a file that opens."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import pictures
+
+
+def numbered(n, channels=3, height=8, width=12):
+    """n pictures; every pixel of picture i is 20·i."""
+    return (
+        torch.arange(0, 20 * n, 20, dtype=torch.uint8)
+        .view(n, 1, 1, 1)
+        .repeat(1, channels, height, width)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_goes_row_by_row(channels):
+    picture = pictures.grid(numbered(5, channels), 3)
+    assert picture.shape == (2 * 9 + 1, 3 * 13 + 1, 3) and picture.dtype == np.uint8
+    assert picture[1::9, 1::13, 0][:2, :3].tolist() == [[0, 20, 40], [60, 80, 255]]
+    assert (picture[0] == 255).all() and (picture[:, 13] == 255).all()
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_strips_are_pixels_as_they_are_and_progress_cuts_them_again(tmp_path, n, monkeypatch):
+    torch.manual_seed(0)
+    drawn = torch.randint(256, (3, n, 3, 8, 12), dtype=torch.uint8)
+    for number, row in zip((5, 40_000, 900), drawn, strict=True):
+        pictures.strip(row, tmp_path / "strips" / f"{number:012d}.png")
+    image = torch.from_numpy(np.array(Image.open(tmp_path / "strips" / "000000000005.png")))
+    assert torch.equal(image, torch.cat(list(drawn[0]), dim=2).permute(1, 2, 0))
+    seen = {}
+    monkeypatch.setattr(pictures, "sheet", lambda *given, **how: seen.update(given=given))
+    pictures.progress(tmp_path / "strips", ["a"] * n, tmp_path / "progress.png")
+    found, columns, _, above, beside = seen["given"]
+    assert torch.equal(found, drawn[[0, 2, 1]].flatten(0, 1)) and columns == n
+    assert above == ["a"] * n and beside == ["5", "900", "40,000"]
+    monkeypatch.undo()
+    pictures.progress(tmp_path / "strips", ["a"] * n, tmp_path / "progress.png")
+    assert (tmp_path / "progress.png").exists()
+
+
+@pytest.mark.parametrize("n, columns", [(1, 6), (5, 6), (5, 2)])
+def test_a_sheet_shows_every_picture_in_its_place(tmp_path, n, columns):
+    """Each picture's middle has its own colour, row by row, whatever the captions."""
+    captions = ["$10 #1 and $20", "win $$$", "", "a long caption " * 9, "b"][:n]
+    red = (numbered(n) + 20) * torch.tensor([1, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    pictures.captioned(red, captions, tmp_path / "a.png", columns)
+    shown = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    boxes = [np.argwhere((shown == (20 + 20 * i, 0, 0)).all(-1)) for i in range(n)]
+    sizes = np.array([np.ptp(box, axis=0) + 1 for box in boxes])
+    assert abs(sizes - [144, 216]).max() <= 3  # 1.8 inches wide, 8:12
+    corners = [box.min(0) for box in boxes]
+    for i in range(1, n):
+        below, right = corners[i] - corners[i - 1] > 50
+        assert (below, right) == ((False, True) if i % columns else (True, False))
+
+
+def test_words_have_room_above_each_picture_or_above_each_column(tmp_path):
+    black = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    pictures.captioned(black, ["", "", "two words " * 5, ""], tmp_path / "a.png", columns=2)
+    pictures.classes(black, ["", "automobile"], tmp_path / "b.png")
+    room = []  # rows of pixels between the two rows of pictures
+    for name in ("a.png", "b.png"):
+        shown = np.asarray(Image.open(tmp_path / name).convert("L"))
+        left = np.flatnonzero(shown[:, shown.shape[1] // 4] < 9)  # of the left column of pictures
+        room.append(np.diff(left).max())
+    assert room[0] > 25 and room[1] < 6
+
+
+def test_a_film_goes_from_noise_to_data_and_rests(tmp_path):
+    torch.manual_seed(0)
+    frames = torch.stack([numbered(4, 1), torch.full_like(numbered(4, 1), 255)])
+    pictures.film(frames, 2, tmp_path / "a.gif")
+    film = Image.open(tmp_path / "a.gif")
+    assert film.n_frames == 2 and film.info["loop"] == 0
+    durations = []
+    for i in range(2):
+        film.seek(i)
+        durations.append(film.info["duration"])
+    assert durations == [120, 2000]
+    assert film.size == (27 * 11, 19 * 11)  # enlarged to about 300 pixels
+    assert (np.asarray(film.convert("L")) > 250).all()  # the last frame is white
+
+
+@pytest.mark.parametrize("scores", [{}, {"colors": 0.5, "mean": 0.25}])
+def test_curves_draw_whatever_scores_there_are(tmp_path, scores):
+    log = [{"step": i, "samples": 64 * i, "loss": 1 / i, "lr": 0.1} for i in range(1, 9)]
+    times = {f"loss_t{i}/8": 0.1 * i for i in range(8)}
+    evals = [{"samples": 64 * i, "loss": 0.5} | times | scores for i in (4, 8)]
+    pictures.curves(log, evals, tmp_path / "a.png")
+    pictures.curves(log, [], tmp_path / "b.png")  # before the first evaluation
+    with_evals, without = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert with_evals.width == pytest.approx((3 if scores else 2) * 470, abs=2)
+    assert without.width == pytest.approx(940, abs=2)

@@ -1,0 +1,182 @@
+"""train_t2i.py over several processes: the same run on any number of ranks, and after any kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SHAPES, call, exported, opened, records, stopped_once, t2i
+from safetensors.torch import load_file, save_file
+from test_pairs import make
+
+import rf
+import train_t2i
+from common.pipeline import checkpoints, load_shard, read_averages
+
+pytestmark = pytest.mark.slow
+
+STEPS, BATCH = 40, 8
+OPTIONS = f"""--seed 1 --samples {STEPS * BATCH} --batch-size {BATCH} --threads 1
+--eval-every-samples {20 * BATCH} --save-every-samples {20 * BATCH} --keep 99
+--eval-prompts 1 --sample-steps 2 --warmup-samples 80 --cooldown-samples 80""".split()
+NAMES = [rf.average_name(width) for width in train_t2i.EMA_WIDTHS]
+PROGRAM = train_t2i.__file__
+CPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(out, *options, signals=(), fails=False):
+    """The trainer on two ranks → what they said; if one fails both are killed, as launchers do.
+
+    signals: (what to wait for, the signal that rank 1 is then sent).
+    """
+    env = CPU | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, PROGRAM, *map(str, ("--out", out, *options))]
+    said, signals, deadline = out.with_suffix(".txt"), list(signals), time.monotonic() + 300
+    with open(said, "a") as file:
+        processes = [
+            subprocess.Popen(
+                command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=file, stderr=file
+            )
+            for rank in "01"
+        ]
+    while any(p.poll() is None for p in processes):
+        if any(p.poll() for p in processes) or time.monotonic() > deadline:
+            for p in processes:
+                p.kill()
+        if signals and signals[0][0]():
+            processes[1].send_signal(signals.pop(0)[1])
+        time.sleep(0.01)
+    said = said.read_text()
+    assert any(p.returncode for p in processes) == fails and not signals, said[-3000:]
+    return said
+
+
+def newest(out):
+    return checkpoints(out / "checkpoints")[-1]
+
+
+def has(out, count):
+    """Whether the run has so many checkpoints."""
+    return lambda: len(checkpoints(out / "checkpoints")) >= count
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts: two ranks, by DeepSpeed's own launcher."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", 2, "--master_port", free_port(), PROGRAM]
+    done = subprocess.run(
+        [*map(str, command), *OPTIONS, "--out", out], env=CPU, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"finished at {STEPS * BATCH} of {STEPS * BATCH} samples" in done.stdout
+    return out
+
+
+def same_bytes(a, b):
+    for name in ("log.csv", "eval.csv", "model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def losses(path):
+    return {int(row["samples"]): float(row["loss"]) for row in records(path)}
+
+
+def alike(a, b, stops=()):
+    """Losses, evaluations and averages differ by rounding alone. stops: samples at which a run was
+    resumed; the row of the log that follows holds only the steps after it."""
+    for name in ("log.csv", "eval.csv"):
+        found, expected = losses(a / name), losses(b / name)
+        cut = {-(-stop // 80) * 80 for stop in stops if name == "log.csv"}
+        assert found.keys() >= expected.keys()
+        for samples in expected.keys() - cut:
+            assert found[samples] == pytest.approx(expected[samples], abs=1e-3)
+    found, expected = (read_averages(newest(out), NAMES) for out in (a, b))
+    for name in NAMES:
+        for key, value in expected[name].items():
+            assert torch.allclose(found[name][key], value, atol=2e-3), (name, key)
+
+
+def test_one_rank_and_two_are_the_same_run(whole, tmp_path):
+    call(t2i, *OPTIONS, "--out", tmp_path)
+    alike(tmp_path, whole)
+    first, *_, last = losses(tmp_path / "log.csv").values()
+    assert last < 0.8 * first
+
+
+def test_each_rank_owns_half_of_the_averages(whole):
+    total = sum(weight.numel() for weight in load_file(whole / "model.safetensors").values())
+    for file in newest(whole).glob("*zero_pp_rank_*_optim_states.pt"):
+        states = load_shard(file)["optimizer_state_dict"]["base_optimizer_state"]["state"].values()
+        for name in NAMES:
+            assert sum(state[name].numel() for state in states) == pytest.approx(
+                total / 2, rel=0.01
+            )
+
+
+def test_deepspeeds_own_script_makes_weights_that_load(whole, tmp_path):
+    script = whole / "checkpoints" / "zero_to_fp32.py"
+    command = [sys.executable, script, whole / "checkpoints", tmp_path]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, env=CPU)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    state = load_shard(newest(whole) / "mp_rank_00_model_states.pt")["module"]
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[name], value) for name, value in state.items())
+
+
+def test_a_killed_rank(whole, tmp_path):
+    out = tmp_path / "run"
+    run(out, *OPTIONS, signals=[(has(out, 1), signal.SIGKILL)], fails=True)
+    assert int(newest(out).name) < STEPS * BATCH
+    run(out, "--resume", "--threads", 1)
+    same_bytes(out, whole)
+
+
+def test_signals_to_one_rank_and_other_numbers_of_ranks(whole, tmp_path, capsys):
+    """Two ranks save and go on, save and stop; one goes on and stops; two end the run."""
+    out, again = tmp_path / "run", ("--resume", "--threads", 1)
+    wanted = [((out / "log.csv").exists, signal.SIGUSR1), (has(out, 1), signal.SIGTERM)]
+    assert "add --resume to continue" in run(out, *OPTIONS, signals=wanted)
+    stops = [int(path.name) for path in checkpoints(out / "checkpoints")]
+    assert len(stops) == 2 and stops[1] < 20 * BATCH
+    with stopped_once(out / "checkpoints" / f"{20 * BATCH:012d}"):
+        call(t2i, *again, "--out", out)
+    assert "add --resume to continue" in capsys.readouterr().out
+    stops.append(int(newest(out).name))
+    assert stops[2] < STEPS * BATCH
+    run(out, *again)
+    assert not (out / "checkpoints" / "universal").exists()
+    alike(out, whole, stops)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_ends_all(tmp_path):
+    """Pairs of which one is not a number: the line names the ranks that read it first."""
+    made = make(exported(tmp_path / "first", SHAPES), tmp_path / "pairs", "--chunk", 25)
+    (file,) = made.glob("*.safetensors")
+    states = load_file(file)["states"]
+    states[3] = torch.nan
+    save_file({"states": states}, file, {"captions": json.dumps(25 * ["a red ring"])})
+    _, rows = opened(made, seed=1)
+    bad = [rows.at(range(8 * k, 8 * k + 8))[0].isnan().flatten(1).any(1) for k in range(4)]
+    step, readers = next(
+        (k + 1, sorted({i // 4 for i in found.nonzero()[:, 0].tolist()}))
+        for k, found in enumerate(bad)
+        if found.any()
+    )
+    options = (*OPTIONS, "--data", made, "--max-bad-steps", 1)
+    said = run(tmp_path / "run", *options, fails=True)
+    wanted = f"the last one step {step} (on rank {', '.join(map(str, readers))}, lr"
+    assert f"train_t2i.py: 1 steps in a row were not finite, {wanted}" in said

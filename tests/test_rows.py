@@ -1,0 +1,538 @@
+"""inputs/rows.py: each kind of rows, what a run draws of them, and the copier of chunks."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter, defaultdict
+from functools import cache
+from itertools import islice
+from types import SimpleNamespace
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from helpers import SHAPES, call, exported, opened
+from PIL import Image
+from safetensors import safe_open
+from test_encoders import tiny_t5, tiny_vae
+from test_prepare import pictures, run
+from torch.utils.data import DataLoader, Dataset
+
+import rf
+from common.evaluate import Ranks
+from inputs import digits
+from inputs.encoders import HashText, TextFormat, to_unit
+from inputs.rows import FAILED, Copier, PreparedFolder, Range, WindowOrder
+from inputs.shapes import Shapes, World
+from tools import pairs
+from train_t2i import loader
+
+KINDS = ("mnist", "cifar10", "shapes", "prepared", "moments", "mixed", "pairs")
+TOKENS = {"prepared": 8, "moments": 8, "pairs": 12, "shapes": 12}
+SIDES = ((16, 16), (12, 20), (20, 12))  # of picture i: the i-th, in turn
+HELD = np.random.default_rng(rf.mix_seed(0, "prepare", 0)).permutation(60)[9::10].tolist()
+
+
+def image_sets(name, *shape):
+    images, labels = torch.randint(256, (28, *shape), dtype=torch.uint8), torch.arange(28) % 10
+    labels[23:] = torch.tensor([0, 0, 1, 0, 1])
+    words = [str(k) for k in range(10)]
+    parts = (slice(0, 23), slice(23, 28))
+    return [digits.ImageSet(images[part], labels[part], words, name) for part in parts]
+
+
+SETS = {"mnist": image_sets("mnist", 1, 28, 28), "cifar10": image_sets("cifar10", 3, 32, 32)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Folders: the same 60 pictures of three sizes, as pixels and as moments; squares; pairs."""
+    home = tmp_path_factory.mktemp("home")
+    source = pictures(home / "source", 60)
+    captions = ["--caption", "text:3", "--caption", "other"]
+    run(source, home / "prepared", *captions, "--chunk-rows", 9)
+    run(source, home / "staged", "--chunk-rows", 9, "--validation", 1)
+    vae = tiny_vae(home / "vae")
+    run(source, home / "moments", "--vae", vae, "--text-bits", 8, "--chunk-rows", 60)
+    run(pictures(home / "squares", 20, [(48, 48)]), home / "square")
+    edited(home / "prepared", home / "short", text_tokens=6)
+    eight = {"tokens": 8, "dim": 128, "bits": 8, "reach": 0.25}
+    edited(home / "prepared", home / "eight", text_format=eight)
+    made = ["--out", home / "pairs", "--number", 30, "--chunk", 7, "--segments", 2, "--steps", 2]
+    call(pairs.main, exported(home / "run", SHAPES), *made)
+    return home
+
+
+def edited(folder, out, **changes):
+    """A copy with another manifest."""
+    shutil.copytree(folder, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | changes))
+    return out
+
+
+@pytest.fixture
+def open_kind(home, monkeypatch):
+    """kind → settings and rows, opened anew."""
+    monkeypatch.setattr(digits, "load_images", lambda name, *rest, **seed: SETS[name])
+
+    def opens(kind, **typed):
+        names = ["prepared", "square"] if kind == "mixed" else [kind]
+        return opened(*(home / n if (home / n).exists() else n for n in names), **typed)
+
+    return opens
+
+
+def key(x):
+    return tuple(x.shape), x.numpy().tobytes()
+
+
+def read_chunk(file):
+    return pa.ipc.open_stream(file.read_bytes()).read_all()
+
+
+def training(home, kind):
+    """key of what is stored → its captions, of all training rows; read without rows.py."""
+    found, folder = {}, home / kind
+    if kind in SETS:
+        images, labels, words, _ = SETS[kind][0]
+        for image, label in zip(images, labels, strict=True):
+            for x in (image, image.flip(2)) if kind == "cifar10" else (image,):
+                found[key(x)] = [words[label]]
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            captions = json.loads(file.metadata()["captions"])
+            for x, caption in zip(file.get_tensor("states"), captions, strict=True):
+                if len(found) < 27:
+                    found[key(x)] = [caption]
+    for path in folder.glob("chunks/*.arrow"):
+        for row in read_chunk(path).to_pylist():
+            h, w = SIDES[row["row"] % 3]
+            shape = (2, 4, h // 2, w // 2) if kind == "moments" else (3, h, w)
+            if row["row"] not in HELD:
+                found[shape, row["image"]] = [c for c in row["captions"] if c]
+    return found
+
+
+@cache
+def encoded(kind, caption):
+    """Text features (T, E), as they are stored."""
+    if kind in SETS:
+        return torch.eye(11)[[int(caption)]]
+    x = HashText(tokens=TOKENS[kind])([caption])[0]
+    if kind == "moments":
+        levels = ((2 * x.clamp(-0.25, 0.25) + 0.5) * 255).round()
+        return (levels / 255 - 0.5) / 2 * x.any(1, keepdim=True)
+    return x.half().float() if kind == "prepared" else x
+
+
+def split(rows, batch):
+    """A batch as the flow takes it, sample by sample."""
+    return list(zip(*rows.encode(batch, "cpu"), strict=True))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- what stands at a position -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_a_function_of_seed_and_position(open_kind, kind):
+    """Whatever the ranks, the cut into batches, and the resume; over ends of epochs too."""
+    _, rows = open_kind(kind)
+    parts = [rows.draw(range(8 * step, 8 * step + 8), 0) for step in range(15)]
+    whole = [sample for part in parts for sample in split(rows, part)]
+    for ranks, size, seen in ((2, 4, 0), (4, 1, 24), (1, 2, 80)):
+        settings, again = open_kind(kind)
+        for rank in range(ranks):
+            made = loader(again, settings, seen, size, Ranks(rank, ranks))
+            for i, batch in enumerate(islice(made, 40 // ranks // size)):
+                first = seen + (i * ranks + rank) * size
+                for sample, wanted in zip(split(again, batch), whole[first:], strict=False):
+                    assert equal(sample, wanted)
+    noises = [noise for *_, noise in whole]
+    assert len({key(noise) for noise in noises}) == 120
+    assert abs(torch.cat([noise.flatten() for noise in noises]).std() - 1) < 0.02
+    _, other = open_kind(kind, seed=1)
+    drawn = split(other, other.draw(range(8), 1))
+    for a, b in zip(whole, drawn, strict=False):
+        assert not torch.equal(a[3], b[3]) and not torch.equal(a[2], b[2])
+    assert {key(x) for x, *_ in whole[:8]} != {key(x) for x, *_ in drawn}
+
+
+@pytest.mark.parametrize("kind", ["mnist", "cifar10", "prepared", "moments", "pairs"])
+def test_each_row_comes_once_an_epoch_with_its_caption(open_kind, home, kind):
+    _, rows = open_kind(kind)
+    known, seen = training(home, kind), defaultdict(list)
+    for step in range(24):
+        stored, text = rows.at(range(8 * step, 8 * step + 8))
+        for x, features in zip(stored, rows.features(text, "cpu"), strict=True):
+            seen[tuple(x.shape)].append(key(x))
+            assert any(torch.equal(features, encoded(kind, c)) for c in known[key(x)])
+    assert seen.keys() == {shape for shape, _ in known}
+    for shape, keys in seen.items():
+        every = {k for k in known if k[0] == shape}
+        n = len(every)
+        epochs = [keys[i : i + n] for i in range(0, len(keys) - n + 1, n)]
+        assert len(epochs) > 1 and epochs[0] != epochs[1]
+        assert all(set(epoch) == every for epoch in epochs)
+
+
+def test_shapes_are_drawn_in_a_new_order_each_epoch():
+    _, rows = opened("shapes")
+    every, world, held = np.arange(10**6), World(20, 4, 6, 10), rows.held[0]
+    first, second = (rows.streams[0].order(every + n) for n in (0, 10**6))
+    assert (np.sort([first, second]) == every).all() and not (first == second).all()
+    for (stored, text), (picture, caption) in (
+        (rows.at([3]), Shapes(world)[first[3]]),
+        (held.source.read(held.rows[:1]), Shapes(world, held=True)[-1 - held.rows[0]]),
+    ):
+        assert torch.equal(stored[0], torch.from_numpy(picture))
+        assert torch.equal(text[0], encoded("shapes", caption))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 50])
+def test_whole_chunks_follow_one_another(window):
+    """In another order each epoch, which is the same for every size."""
+    counts = (5, 3, 8, 1, 4)
+    ranges = [(100 * i, Range(i, "train", 8, 8, 7, n)) for i, n in enumerate(counts)]
+    order = WindowOrder(ranges, window, (3, 4))
+    epochs = order(range(84)).reshape(4, 21).tolist()
+    every = [100 * i + k for i, n in enumerate(counts) for k in range(n)]
+    assert all(sorted(epoch) == every for epoch in epochs) and epochs[0] != epochs[1]
+    windows = -(-5 // window)
+    uses = list(islice(order.uses(0), 4 * windows))
+    assert [first for first, *_ in uses] == [0, *(last for _, last, _ in uses[:-1])]
+    for first, last, chunks in uses:
+        assert len(chunks) <= window and set(order(range(first, last)) // 100) == chunks
+        assert next(order.uses(last - 1)) == (first, last, chunks)
+    chunks = [chunks for *_, chunks in uses]
+    assert windows == 1 or chunks[:windows] != chunks[windows : 2 * windows]
+    larger = [(100 * i, Range(i, "train", 8, 9, 0, 9)) for i in range(5)]
+    other = islice(WindowOrder(larger, window, (3, 5)).uses(0), len(uses))
+    assert chunks == [chunks for *_, chunks in other]
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 3.0], [1.0, 999.0]])
+def test_streams_interleave_by_share_and_weight(open_kind, weights):
+    """At any moment each has its share of the steps, within two of them."""
+    _, rows = open_kind("mixed", data_weights=weights)
+    *three, square = rows.shares
+    a, b = weights or (1, 1)
+    assert [sum(three), square] == pytest.approx([a / (a + b), b / (a + b)], rel=1e-2)
+    counts = [0] * 4
+    for step in range(2000):
+        s, j = rows.turn(step)
+        assert j == counts[s] and rows.step_of(s, j) == step
+        counts[s] += 1
+        assert all(abs(n - r * (step + 1)) < 2 for n, r in zip(counts, rows.shares, strict=True))
+        if step < 9:
+            assert rows.at([8 * step, 8 * step + 7])[0].shape[2:] == rows.streams[s].bucket
+    assert rows.step_of(*rows.turn(10**9)) == 10**9
+    assert sum(rows.sides().values()) == pytest.approx(1) and len(rows.sides()) == 3
+
+
+def test_rows_travel_to_spawned_workers(open_kind, home):
+    kinds = {kind: open_kind(kind)[1] for kind in KINDS}
+    kinds["t5"] = opened("shapes", text_encoder=tiny_t5(home / "t5"))[1]
+    asked = [(kind, [8, 10, 15]) for kind in kinds]
+    wanted = [split(kinds[kind], kinds[kind].draw(positions, 0)) for kind, positions in asked]
+    how = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
+    spawned = DataLoader(Drawn(kinds), sampler=asked, **how)
+    for (kind, _), samples, batch in zip(asked, wanted, spawned, strict=True):
+        for sample, same in zip(samples, split(kinds[kind], batch), strict=True):
+            assert equal(sample, same), kind
+
+
+class Drawn(Dataset):
+    """(kind, positions) → what the rows of that kind draw."""
+
+    def __init__(self, kinds):
+        self.kinds = kinds
+
+    def __getitem__(self, asked):
+        kind, positions = asked
+        return self.kinds[kind].draw(positions, 0)
+
+
+# --- captions, latents, held-out rows ------------------------------------------------------------
+
+
+def test_captions_are_drawn_by_weight(open_kind, home):
+    """Three to one where there are two."""
+    _, rows = open_kind("prepared", batch_size=700)
+    known, chosen = training(home, "prepared"), Counter()
+    for step in range(3):
+        stored, text = rows.at(range(700 * step, 700 * step + 700))
+        for x, features in zip(stored, rows.features(text, "cpu"), strict=True):
+            captions = known[key(x)]
+            first = torch.equal(features, encoded("prepared", captions[0]))
+            chosen[len(captions), first] += 1
+    assert chosen[2, False] / (chosen[2, True] + chosen[2, False]) == pytest.approx(1 / 4, abs=0.04)
+    assert chosen[1, True] > 400 and not chosen[1, False]
+
+
+def test_dropped_and_empty_captions_are_the_stored_null_text(open_kind, home, tmp_path):
+    null = torch.arange(256).view(2, 128) / 256
+    blob = base64.b64encode(TextFormat(8, 128).pack(null)).decode()
+    out = edited(home / "prepared", tmp_path / "data", null_text=blob)
+    chunk = out / "chunks" / "00002.arrow"
+    table = read_chunk(chunk)
+    silent, kind = set(table["image"].to_pylist()), table.schema.field("captions").type
+    table = table.set_column(2, "captions", pa.array([["", None]] * len(table), kind))
+    with pa.ipc.new_stream(chunk, table.schema) as writer:
+        writer.write_table(table)
+    _, rows = opened(out, batch_size=500)
+    padded, dropped = torch.cat([null, torch.zeros(6, 128)]), []
+    for step in range(3):
+        batch = rows.draw(range(500 * step, 500 * step + 500), 0)
+        dropped += batch.dropped.tolist()
+        texts = rows.features(batch.text, "cpu", batch.dropped)
+        for x, drop, text in zip(batch.stored, batch.dropped, texts, strict=True):
+            assert torch.equal(text, padded) == (drop or x.numpy().tobytes() in silent)
+    assert np.mean(dropped) == pytest.approx(0.1, abs=0.025)
+    assert torch.equal(rows.null_features("cpu")[0], padded)
+    _, rows = open_kind("pairs", batch_size=300)
+    assert not rows.draw(range(300), 0).dropped.any()  # guidance is in the pairs
+
+
+def test_latents_are_the_vaes_mean_plus_std_times_noise(open_kind, home):
+    _, rows = open_kind("moments")
+    images = {captions[0]: k for k, captions in training(home, "prepared").items()}
+    batch, known = rows.draw(range(8), 0), training(home, "moments")
+    assert abs((batch.noise * batch.vae_noise).mean()) < 0.1  # they are independent
+    states, *_ = rows.encode(batch, "cpu")
+    for x, noise, state in zip(batch.stored, batch.vae_noise, states, strict=True):
+        shape, pixels = images[known[key(x)][0]]
+        image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, *shape)
+        with torch.no_grad():
+            posterior = rows.image.model.encode(to_unit(image)).latent_dist
+        expected = (posterior.mean + posterior.std * noise) * 0.13025
+        assert torch.allclose(state, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, n", [("mnist", 5), ("shapes", 512), ("prepared", 6), ("pairs", 3)])
+def test_held_rows_are_always_the_same(open_kind, home, kind, n):
+    _, rows = open_kind(kind)
+    _, other = open_kind(kind, seed=5 if kind == "prepared" else 0, batch_size=3)
+    numbers = [n for held in rows.held for part in held.batches(4) for n in part]
+    assert numbers == list(range(n))
+    known, times = training(home, kind), {}
+    for held, again in zip(rows.held, other.held, strict=True):
+        for part in held.batches(4)[:3]:
+            batch, captions = rows.draw(part, held.seed, held), held.captions(part)
+            samples, later = split(rows, batch), other.draw(part, again.seed, again)
+            assert len(part) <= 4 and not batch.dropped.any()
+            assert not known.keys() & {key(x) for x in batch.stored}
+            for sample, same, caption in zip(samples, split(other, later), captions, strict=True):
+                assert equal(sample, same) and torch.equal(sample[1], encoded(kind, caption))
+            asked = held.t_index(part).tolist()
+            times |= zip(captions, asked, strict=True)
+            assert kind == "prepared" or asked == [number % 8 for number in part]
+    if kind == "prepared":  # every tenth place, asked at 0, 1/8, 2/8, … in turn
+        assert times == {f"number {number}": t for t, number in enumerate(HELD)}
+    if kind == "mnist":  # different captions first
+        assert rows.held[0].shown(3) == [0, 2, 1]
+
+
+def test_a_size_that_only_held_rows_have(tmp_path):
+    source = pictures(tmp_path / "source", 10, [(48, 48)])
+    last = np.random.default_rng(rf.mix_seed(0, "prepare", 0)).permutation(10)[9]
+    Image.new("RGB", (64, 36)).save(source / f"{last}.png")
+    run(source, tmp_path / "data")
+    _, rows = opened(tmp_path / "data")
+    assert rows.sides() == {(16, 16): 1.0, (12, 20): 0.0} and rows.shown_shape() == (3, 12, 20)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data, typed, message",
+    [
+        ("prepared pairs", {}, r"cannot be mixed: K 2 and 0"),
+        ("prepared short", {}, r"cannot be mixed: facts .*'text_tokens': 6"),
+        ("prepared eight", {}, r"cannot be mixed: format .*bits=8"),
+        ("prepared", {"data_weights": [1, 2]}, r"has 2 numbers, must have one for each of the 1"),
+        ("prepared", {"segments": 2}, r"--segments 2 must divide the 0 of --data"),
+        ("pairs", {"segments": 3}, r"--segments 3 must divide the 2 of --data"),
+        ("prepared", {"anneal": 0.5}, r"--anneal 0.5 is for pairs"),
+        ("pairs", {"anneal": 0.5, "segments": 2}, r"--anneal 0.5 is .* with --segments 1"),
+        ("nowhere", {}, r"--data nowhere is none of .* python -m tools.prepare SOURCE"),
+        ("memory://nowhere", {}, r"--data memory://nowhere .* holds no manifest.json"),
+        ("memory://square", {}, r"is far away: give --stage, a folder on this disk"),
+        ("prepared", {"size": 17}, r"--size 17 does not fit --data, which was made with 16"),
+        ("shapes", {"vae": True}, r"--size 21 must be a multiple of 2, the VAE's factor"),
+    ],
+)
+def test_rows_that_do_not_fit(home, data, typed, message):
+    names = [home / name if (home / name).exists() else name for name in data.split()]
+    fsspec.filesystem("memory").put(str(home / "square"), "/square", recursive=True)
+    if "vae" in typed:
+        typed = {"vae": str(home / "vae"), "size": 21}
+    with pytest.raises(ValueError, match=message) as refused:
+        opened(*names, **typed)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is not what our tools write"),
+        ("[]", "is not what our tools write"),
+        ('{"schema": 2}', r"is not what our tools write \('text_format'\)"),
+        ('{"schema": 9}', "has schema 9, this program reads 2: make it again"),
+    ],
+)
+def test_broken_manifests(tmp_path, content, message):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=f"manifest.json {message}") as refused:
+        opened(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("cut", [None, 0, 400])
+def test_broken_chunks(home, tmp_path, cut):
+    out = edited(home / "square", tmp_path / "data")
+    for chunk in out.glob("chunks/*.arrow"):
+        chunk.unlink() if cut is None else os.truncate(chunk, cut)
+    _, rows = opened(out)
+    with pytest.raises((ValueError, OSError)) as refused:
+        rows.at([0])
+    assert "\n" not in str(refused.value)
+
+
+# --- the copier ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Chunks in the order of their arrival, and the most bytes that lay there at one time."""
+    seen, fetch = SimpleNamespace(chunks=[], most=0), PreparedFolder.fetch
+
+    def counted(folder, chunk, target):
+        fetch(folder, chunk, target)
+        seen.chunks.append(chunk)
+        sizes = [file.stat().st_size for file in folder.stage.rglob("*.arrow")]
+        seen.most = max(seen.most, sum(sizes))
+
+    monkeypatch.setattr(PreparedFolder, "fetch", counted)
+    return seen
+
+
+def staged(location, tmp_path):
+    return opened(location, stage=tmp_path / "stage", window=1)[1]
+
+
+@pytest.mark.parametrize("seen, far", [(0, False), (40, False), (0, True)])
+def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies, seen, far):
+    location, plain = home / "staged", opened(home / "staged", window=1)[1]
+    if far:
+        location = f"memory://{tmp_path}"
+        fsspec.filesystem("memory").put(str(home / "staged"), str(tmp_path), recursive=True)
+    rows, *readers = (staged(location, tmp_path) for _ in range(3))
+    with pytest.raises(ValueError, match="--stage-limit 1e-06 GB must be at least") as refused:
+        Copier(rows, 1e3)
+    limit = float(re.search(r"at least (\S+) GB", str(refused.value))[1]) * 1e9
+    assert limit < sum(chunk["bytes"] for chunk in rows.sources[0].manifest["chunks"])
+    copier = Copier(rows, limit)
+    copier.begin(seen)
+    for first in range(seen, 16 * 8, 4):
+        (x, text), (y, same) = (
+            r.at(range(first, first + 4)) for r in (readers[first // 4 % 2], plain)
+        )
+        assert torch.equal(x, y) and equal(text[:2], same[:2])
+        copier.passed((first + 4) // 8 * 8)
+    copier.close()
+    assert not copier.is_alive() and 0 < copies.most <= limit
+    assert copies.chunks[0] == 1 and copies.chunks.count(1) == 1  # the held-out row's: it stays
+    assert max(Counter(copies.chunks).values()) <= 4
+
+
+def test_a_copier_with_room_waits_for_the_run(home, tmp_path, copies):
+    """It does not go through epoch after epoch; nor does it fetch twice what is there."""
+    rows, looked, ahead = staged(home / "staged", tmp_path), [], []
+    uses = rows.uses
+    rows.uses = lambda seen: (looked.append(use) or use for use in uses(seen))
+    copier = Copier(rows, 1e9)
+    looked.clear()
+    copier.begin(0)
+    for seen in (0, 24):
+        copier.passed(seen)
+        while not looked or len(ahead) < 2 or ahead[-2] != ahead[-1]:
+            time.sleep(0.2)
+            ahead.append(len(looked))
+        assert max(use.first for use in looked[:-1]) <= seen + 59 < looked[-1].first
+        ahead.clear()
+    assert sorted(copies.chunks) == list(range(7)) and copier.is_alive()
+    copier.close()
+    assert not copier.is_alive()
+
+
+def test_what_an_earlier_run_left_goes(home, tmp_path):
+    rows = staged(home / "staged", tmp_path)
+    stage = rows.sources[0].stage
+    left = [rows.sources[0].path(3), stage / FAILED, stage / ".00003.arrow.17"]
+    for file in (*left, stage / "mine.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("of an earlier run")
+    Copier(rows, 1e9)
+    assert not any(file.exists() for file in left) and (stage / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "arrivals, message",
+    [
+        ("none cut whole", None),
+        ("cut cut cut", "staging failed: .*/chunks/0000.*.arrow arrives with 100 bytes and CRC"),
+        ("other other other", "arrives with .*, must have .*: prepare it again"),
+        ("none none none", "staging failed: connection reset"),
+    ],
+)
+def test_a_broken_copy_is_made_again(home, tmp_path, monkeypatch, arrivals, message):
+    """Up to three times; then the readers hear what went wrong."""
+    rows, opens, tries = staged(home / "staged", tmp_path), fsspec.open, Counter()
+    copier, plain = Copier(rows, 1e9), opened(home / "staged", window=1)[1]
+
+    def arrives(path, mode):
+        tries[path] += 1
+        how = arrivals.split()[tries[path] - 1]
+        if how == "none":
+            raise OSError("connection reset")
+        with opens(path, mode) as file:
+            content = file.read()
+        other = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        return io.BytesIO({"cut": content[:100], "other": other, "whole": content}[how])
+
+    monkeypatch.setattr(fsspec, "open", arrives)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    copier.begin(0)
+    if message:
+        with pytest.raises(OSError, match=message):
+            for position in range(120):
+                rows.at([position])
+    else:
+        for position in range(56):
+            assert torch.equal(rows.at([position])[0], plain.at([position])[0])
+    copier.close()
+    assert set(tries.values()) == {3}
+
+
+def test_readers_stop_waiting_when_the_run_has_ended_or_died(home, tmp_path, monkeypatch):
+    rows = staged(home / "staged", tmp_path)
+    Copier(rows, 1e9).close()  # before it began: nothing is ever copied
+    with pytest.raises(OSError, match="the run has ended"):
+        rows.at(range(8))
+    (rows.sources[0].stage / FAILED).unlink()
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    with pytest.raises(OSError, match="the run has died"):
+        rows.at(range(8))

@@ -1,0 +1,143 @@
+"""Both trainers on all that rows can be: a run learns, draws, and goes on where it was stopped."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import DIGITS, SHAPES, call, exported, opened, records, stopped_once, t2i
+from PIL import Image
+from test_digits import write_mnist
+from test_encoders import tiny_vae
+from test_pairs import make
+from test_prepare import pictures, run
+
+import train_mnist
+import train_t2i
+from common.pipeline import Pipeline
+
+TRAINERS = {  # main, options of all runs and of short ones, a file that is there after some steps
+    "mnist": (
+        train_mnist.main,
+        "--device cpu --seed 3 --batch-size {0} --steps {1} --warmup-steps 5 --sample-steps 1",
+        "checkpoint.pt",
+    ),
+    "t2i": (
+        t2i,
+        "--threads 1 --seed 3 --batch-size {0} --samples {2} --warmup-samples 20"
+        " --cooldown-samples {2} --eval-every-samples {2} --eval-prompts 1 --sample-steps 1",
+        "log.csv",
+    ),
+}
+DATA = {
+    "digits": "--data mnist --data-dir {0}",
+    "shapes": "--data shapes",
+    "prepared": "--data {0}/a --window 1",
+    "two prepared": "--data {0}/a {0}/b --data-weights 1 3",
+    "latents": "--data {0}/latents",
+    "pairs": "--data {0}/pairs-{1} --anneal 0.5",
+}
+
+
+def options(trainer, batch, steps):
+    return TRAINERS[trainer][1].format(batch, steps, batch * steps).split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Twelve digits, folders of pictures of one size and of three, pairs of each chapter."""
+    home = tmp_path_factory.mktemp("home")
+    write_mnist(home)
+    square = pictures(home / "square", 30, [(48, 48)])
+    run(square, home / "a", "--chunk-rows", 6, "--validation", 1)
+    run(square, home / "latents", "--vae", tiny_vae(home / "vae"))
+    run(pictures(home / "source", 30), home / "b")
+    for name, facts in {"mnist": DIGITS, "t2i": SHAPES}.items():
+        make(exported(home / f"first-{name}", facts), home / f"pairs-{name}", "--segments", 2)
+    return home
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_learns_draws_and_goes_on_where_it_was_stopped(home, tmp_path, capsys, trainer, data):
+    """The second part of chapter 2's run on a prepared folder reads it through a stage."""
+    main, _, begun = TRAINERS[trainer]
+    how = [*options(trainer, 4, 60), *DATA[data].format(home, trainer).split()]
+    how += ["--checkpoint-every", 20] if trainer == "mnist" else []
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(main, *how, "--out", whole)
+    losses = [float(row["loss"]) for row in records(whole / "log.csv")]
+    assert losses[-1] < 0.9 * losses[0]
+    with Image.open(whole / "samples.png") as sheet:
+        assert min(sheet.size) > 100 and len(sheet.getcolors(2**24)) > 100
+    with stopped_once(parts / begun):
+        call(main, *how, "--out", parts)
+    assert "add --resume to continue" in capsys.readouterr().out
+    later = how[:2]
+    if (trainer, data) == ("t2i", "prepared"):
+        sizes = [c["bytes"] for c in json.loads((home / "a/manifest.json").read_text())["chunks"]]
+        limit = (sum(sizes) - 1) / 1e9  # one must go before the last can come
+        later += ["--workers", 2, "--stage", tmp_path / "stage", "--stage-limit", limit]
+    call(main, "--resume", "--out", parts, *later)
+    for name in ("model.safetensors", "config.json", "eval.csv"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert bool(list(tmp_path.glob("stage/*/*/chunks/*.arrow"))) == ("--stage" in later)
+
+
+@pytest.mark.parametrize(
+    "how", ["--time logit_normal", "--anneal 0.5", "--segments 2 --time start"]
+)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, trainer, how):
+    """At --lr 0: by formulas, from what the rows draw. shift is 2; pairs have u-shaped times."""
+    first = home / "first-t2i"
+    data = "shapes" if "normal" in how else home / "pairs-t2i"
+    for program in (train_mnist, train_t2i):
+        monkeypatch.setattr(program, "LOG_EVERY", 1)
+    given = ["--init", first, "--data", data, "--lr", 0, "--out", tmp_path]
+    call(TRAINERS[trainer][0], *options(trainer, 4, 8), *given, *how.split())
+    settings, rows = opened(data, batch_size=4, seed=3)
+    model = Pipeline.open(first).model
+    for step, row in enumerate(records(tmp_path / "log.csv")):
+        if trainer == "mnist":
+            batch = train_mnist.draw(rows, settings, step, torch.Generator())
+        else:
+            batch = rows.draw(range(4 * step, 4 * step + 4), 3)
+        states, text, u, noise = rows.encode(batch, "cpu")
+        each = (4, 1, 1, 1)
+        if "segments" in how:  # from 1 to 2/3, or from 2/3 to 0
+            k = (u >= 0.5).long()
+            upper, lower = (states[torch.arange(4), i] for i in (k, k + 1))
+            t = 1 - k / 3
+            x, velocity = upper, (upper - lower) / (t - 2 / 3 + 2 / 3 * k).view(each)
+        else:
+            data_, t = states[:, -1], torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
+            t = 2 * t / (1 + t)
+            if "anneal" in how:
+                fresh = max(0, 1 - step / 4)
+                noise = math.sqrt(1 - fresh**2) * states[:, 0] + fresh * noise
+                t = 0.5 + torch.asinh((2 * u - 1) * math.sinh(2)) / 4
+            x, velocity = torch.lerp(data_, noise, t.view(each)), noise - data_
+        with torch.no_grad():
+            expected = (model(x, t, text) - velocity).square().mean().item()
+        assert float(row["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert step == 7
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_pictures_have_the_colour_of_their_caption(tmp_path, trainer):
+    rng, colours = np.random.default_rng(0), ("red", "green", "blue")
+    (tmp_path / "source").mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 80, (16, 16, 3), dtype=np.uint8)
+        pixels[..., i % 3] += 170
+        Image.fromarray(pixels).save(tmp_path / f"source/{i}.png")
+        (tmp_path / f"source/{i}.txt").write_text(f"a {colours[i % 3]} one")
+    run(tmp_path / "source", tmp_path / "data")
+    how = [*options(trainer, 16, 150), "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    call(TRAINERS[trainer][0], *how)
+    pipeline = Pipeline.open(tmp_path / "run")
+    captions = [f"a {colour} one" for colour in colours] * 4
+    drawn = pipeline.draw(captions, pipeline.noise(0, range(12)), steps=8).float().mean((2, 3))
+    assert (drawn - 40 - 170 * torch.eye(3).repeat(4, 1)).abs().max() < 30
