@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None):
     if typed.get("resume") and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", device)
     present = [file for file in FILES if (out / file).exists()]
-    if present and not (state or typed.get("overwrite") or typed.get("dry_run")):
+    if present and not any(typed.get(key) for key in ("resume", "overwrite", "dry_run")):
         raise ValueError(
             f"--out {out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"

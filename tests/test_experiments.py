@@ -10,7 +10,6 @@ from helpers import DIGITS, SHAPES, call, exported, records, refused
 from PIL import Image
 
 import rf
-from common import cpu
 from experiments import coordinate_check, edit, lr_transfer, shape_scaling
 from inputs import digits
 from inputs.encoders import to_unit
@@ -21,7 +20,6 @@ from mmdit import PRESETS, Linear, MMDiT
 
 
 def slopes(parametrization, residual="prenorm", double=0):
-    cpu.use()  # where it helps: it takes half the time
     table = pd.DataFrame(
         {"width": width} | row
         for width in coordinate_check.WIDTHS

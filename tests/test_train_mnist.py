@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -134,6 +135,19 @@ def test_a_step_clips_the_gradient_and_moves_each_group_at_its_rate(quick):
             assert "ema_0.10" in adamw.state[p]
 
 
+def test_a_step_draws_from_seed_and_step_alone(quick):
+    settings, rows, *_ = new_run(quick)
+    generator = torch.Generator()
+    cases = [(settings, 0), (settings, 1), (replace(settings, seed=2), 0), (settings, 0)]
+    batches = [train_mnist.draw(rows, how, step, generator) for how, step in cases]
+    for field in ("u", "noise"):
+        first, *others, again = (getattr(batch, field) for batch in batches)
+        assert torch.equal(first, again) and not any(torch.equal(first, x) for x in others)
+    assert torch.equal((batches[0].u * 4).long(), torch.arange(4))  # stratified
+    many = train_mnist.draw(rows, replace(settings, batch_size=4000), 0, generator)
+    assert 0.08 < many.dropped.float().mean() < 0.12
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -209,8 +223,9 @@ def test_a_folder_with_a_run_is_not_overwritten_by_accident(done, run, quick, tm
         assert (
             f"--out {out} already holds a run: continue it with --resume, replace it with" in line
         )
-    run(tmp_path, "--overwrite", "--steps", 1)
-    assert checkpoint(tmp_path)["step"] == 1
+    run(tmp_path, "--resume", "--steps", 1)  # killed before its first checkpoint: it begins
+    run(tmp_path, "--overwrite", "--steps", 2)
+    assert [row["step"] for row in records(tmp_path / "log.csv")] == ["2"]
 
 
 def spoil(**changes):
