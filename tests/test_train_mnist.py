@@ -19,6 +19,7 @@ from test_digits import write_mnist
 import train_mnist
 from common.pipeline import Pipeline, settle_run
 from common.settings import parse
+from inputs import digits
 
 QUICK = """--data mnist --preset digits-narrow --device cpu --seed 1 --steps 60
 --batch-size 4 --warmup-steps 5 --checkpoint-every 20 --cfg 3 --solver heun --sample-steps 2"""
@@ -109,6 +110,13 @@ def test_a_run_from_another_has_its_network_and_weights(done, quick, tmp_path):
     assert (rows.names, settings.preset, settings.shift) == (["mnist"], "digits-narrow", 1)
     exported = Pipeline.open(done).model.state_dict()
     assert all(torch.equal(p, exported[name]) for name, p in model.state_dict().items())
+
+
+def test_glyphs_come_from_the_seed_of_the_run(run, tmp_path, monkeypatch):
+    few = digits.glyphs
+    monkeypatch.setattr(digits, "glyphs", lambda n, seed: few(20, seed))
+    run(tmp_path, "--data", "glyphs", "--steps", 1)
+    call(train_mnist.main, "--resume", "--device", "cpu", "--out", tmp_path)
 
 
 # --- one step ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 from functools import partial, partialmethod
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_digits import write_mnist
 from test_encoders import tiny_t5, tiny_vae
 
 import rf
+from common.evaluate import Ranks, validation
 from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
 from inputs.shapes import TAGS
 from mmdit import MMDiT, fitted
@@ -87,6 +89,9 @@ def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
         by_time = [float(row[f"loss_t{i}/8"]) for i in range(8)]
         assert float(row["loss"]) == pytest.approx(sum(by_time) / 8)
         assert float(row["mean"]) == pytest.approx(sum(float(row[tag]) for tag in TAGS) / 6)
+    settings, world = opened("shapes", seed=1)
+    by_time = validation(Pipeline.open(done).model, world, settings, "cpu", Ranks())
+    assert [float(evals[1][f"loss_t{i}/8"]) for i in range(8)] == pytest.approx(by_time)
     assert saved(done) == [40, 80]
     assert (done / "checkpoints" / "latest").read_text() == newest(done).name
     average = read_averages(newest(done), NAMES[:1])[NAMES[0]]
@@ -153,7 +158,12 @@ def test_a_resumed_run_is_the_same(done, tmp_path, workers):
 
 @pytest.mark.parametrize(
     "options, tolerance",
-    [("--micro-batch 2", 1e-5), ("--precision bf16", 0.1), ("--compile on", 1e-4)],
+    [
+        ("--eval-every-samples 80", 1e-9),
+        ("--micro-batch 2", 1e-5),
+        ("--precision bf16", 0.1),
+        ("--compile on", 1e-4),
+    ],
 )
 def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, options, tolerance):
     graphs = []
@@ -166,7 +176,7 @@ def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, o
     monkeypatch.setattr(MMDiT, "compile_blocks", compiled)
     out = train(tmp_path / "run", *options.split())
     a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
-    assert a == pytest.approx(b, abs=tolerance)
+    assert a == pytest.approx(b, rel=0, abs=tolerance)
     if "bf16" in options:
         assert a != pytest.approx(b, abs=1e-4)
         average = load_file(out / "model.safetensors").values()
@@ -186,9 +196,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, cap
     save_file(states, file, {"captions": captions})
     _, rows = opened(made, batch_size=6, seed=1)
     bad = [rows.at(range(6 * k, 6 * k + 6))[0].isnan().any().item() for k in range(11)]
-    assert sum(bad) >= 3
+    assert sum(bad) >= 3 and (True, True) not in pairwise(bad)
     options = ["--data", made, "--batch-size", 6, "--samples", 60, "--cooldown-samples", 36]
-    out = train(tmp_path / "run", *options)
+    out = train(tmp_path / "run", *options, "--max-bad-steps", 2)
     (row,) = records(out / "log.csv")
     steps = 9 - sum(bad[:9])  # that moved the weights before the tenth
     assert int(row["skipped"]) == sum(bad[:10]) and float(row["loss"]) < 2
@@ -210,8 +220,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, cap
 
 
 def test_a_run_from_another_at_a_larger_size(done, tmp_path):
-    """With --lr 0 the weights stay those it started with."""
-    out = train(tmp_path / "run", "--init", done, "--size", 24, "--samples", 4, "--lr", 0)
+    """With --lr 0 the weights stay those it started with. A resumed run needs the first no more."""
+    first = tmp_path / "first"
+    shutil.copytree(done, first)
+    out = train(tmp_path / "run", "--init", first, "--size", 24, "--samples", 4, "--lr", 0)
+    shutil.rmtree(first)
+    call(t2i, "--resume", "--threads", 1, "--out", out)
     large, small = Pipeline.open(out), Pipeline.open(done)
     assert large.facts["shift"] == pytest.approx(2 * 24 / 20)
     assert (large.model.config.max_grid, small.model.config.max_grid) == (6, 5)
@@ -220,7 +234,6 @@ def test_a_run_from_another_at_a_larger_size(done, tmp_path):
     state = large.model.state_dict()
     for name, value in stretched.state_dict().items():
         assert torch.equal(state[name], value), name
-    call(t2i, "--resume", "--threads", 1, "--out", out)  # its own weights, whatever became of done
 
 
 def test_a_latent_world_with_a_real_text_encoder(tmp_path):
