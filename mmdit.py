@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -606,6 +607,8 @@ def save_model(path: str | Path, model: MMDiT, **sections):
     save_file(tensors, path / "model.safetensors.partial")
     contents = {"model": asdict(model.config), **sections}
     (path / "config.json.partial").write_text(json.dumps(contents, indent=2) + "\n")
+    # safetensors lets only the owner read
+    shutil.copymode(path / "config.json.partial", path / "model.safetensors.partial")
     for name in ("model.safetensors", "config.json"):
         os.replace(path / f"{name}.partial", path / name)
 

@@ -521,8 +521,8 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
             group["updates"] = t = group.get("updates", 0) + 1
             weights = [w for w in group["params"] if w in adamw.state]
             for name, gamma in gammas.items():
-                if t == 1:
-                    for w in weights:
+                for w in weights:
+                    if name not in adamw.state[w]:
                         adamw.state[w][name] = w.detach().clone()
                 averages = [adamw.state[w][name] for w in weights]
                 if averages:

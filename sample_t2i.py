@@ -111,16 +111,21 @@ def paint(pipeline: Pipeline, args: Settings):
 def score(pipelines: dict[str, Pipeline], args: Settings):
     """The six scores of each run at each number of steps: printed, as a CSV, and the first picture
     of each tag."""
-    rows, shown = [], []
+    rows, shown, worlds = [], [], {}
     for name, pipeline in pipelines.items():
-        facts = pipeline.facts
-        if not facts["shapes"]:
+        if not pipeline.facts["shapes"]:
             raise ValueError(f"--score: {name} was not trained on shapes")
-        world = World(*(facts[key] for key in World._fields))
-        asked = prompts_by_tag(world, args.per_tag)
-        captions = [caption for _, caption in asked]
+        worlds[name] = World(*(pipeline.facts[key] for key in World._fields))
+        if worlds[name] != worlds[args.run]:
+            raise ValueError(
+                f"--against {name}, of {worlds[name]}, must be of the world of {args.run},"
+                f" {worlds[args.run]}: score it alone"
+            )
+    asked = prompts_by_tag(worlds[args.run], args.per_tag)
+    captions = [caption for _, caption in asked]
+    for name, pipeline in pipelines.items():
         noise = pipeline.noise(args.seed, range(len(asked)), args.size)
-        for steps in args.at_steps or [args.steps or facts["steps"]]:
+        for steps in args.at_steps or [args.steps or pipeline.facts["steps"]]:
             how = args.how() | {"steps": steps}
             drawn = pipeline.draw(captions, noise, progress=True, **how)
             found = scores(asked, obeyed(drawn, asked))
@@ -179,6 +184,7 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--cudagraphs needs a CUDA device, not {pipeline.device}: drop it")
     for each in pipelines.values() if args.cudagraphs else ():
         each.model = Graphed(each.model)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.score:
         score(pipelines, args)
     else:

@@ -90,6 +90,10 @@ RECIPES = {
 RECIPES = {name: dict(zip(RECIPE, row, strict=True)) for name, row in RECIPES.items()}
 
 
+def recipe_of(preset: str | None) -> dict:
+    return RECIPES.get(preset or Settings.preset, {})
+
+
 @dataclass(frozen=True)
 class Settings(DataOptions):
     DATA = "shapes"  # trained on if nothing else is asked for
@@ -715,10 +719,6 @@ def launch(typed: dict):
         stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
     saved = record["settings"] if record else {}
     own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
-
-    def recipe_of(preset: str | None) -> dict:
-        return RECIPES.get(preset or Settings.preset, {})
-
     settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
     if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")

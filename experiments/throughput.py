@@ -291,13 +291,13 @@ def digits_ms(keep: bool, repeats: int = 5) -> dict[str, float]:
 
 def step(args: "Settings"):
     """train_t2i.py's whole step: over a bare one, and where its time goes (a table and a trace)."""
-    cls, recipes = train_t2i.Settings, train_t2i.RECIPES
-    typed = parse(cls, args.options, train_t2i.__doc__, recipes)
+    cls = train_t2i.Settings
+    typed = parse(cls, args.options, train_t2i.__doc__, train_t2i.RECIPES)
     ranks, device = train_t2i.start_ranks(typed.get("threads")), train_t2i.local_device()
     own = [{"precision": "bf16" if train_t2i.native_bf16(device) else "fp32"}]
     with tempfile.TemporaryDirectory() as folder:
-        how = (typed | {"out": Path(folder)}, {}, device)
-        settings, rows = settle_run(cls, *how, lambda name: recipes[name or cls.preset], own=own)
+        typed |= {"out": Path(folder)}
+        settings, rows = settle_run(cls, typed, {}, device, train_t2i.recipe_of, own=own)
         run = train_t2i.Run(settings, rows, ranks, None)
         run.open()
         batches, signals = run.batches(), Signals()

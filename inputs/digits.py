@@ -53,8 +53,8 @@ def load_images(
 
 def fingerprint(dataset: ImageSet) -> str:
     """Eight hexadecimal digits that tell one set of images and labels from another."""
-    checksum = zlib.crc32(dataset.images.numpy().tobytes())
-    return f"{zlib.crc32(dataset.labels.numpy().tobytes(), checksum):08x}"
+    checksum = zlib.crc32(dataset.images.numpy())
+    return f"{zlib.crc32(dataset.labels.numpy(), checksum):08x}"
 
 
 def load_torchvision(source: str, data_dir: str | Path) -> tuple[ImageSet, ImageSet]:

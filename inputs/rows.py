@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from heapq import merge
-from itertools import accumulate, takewhile
+from itertools import accumulate, islice, takewhile
 from math import ceil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -279,10 +279,10 @@ class Digits(Source):
     def __init__(self, name: str, data_dir: Path, seed: int):
         training, held = digits.load_images(name, data_dir, seed=seed)
         self.count, self.channels = len(training.labels), training.images.shape[1]
-        self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
-        self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
         self.name, self.words = training.source, tuple(training.classes)
         self.id = digits.fingerprint(training)
+        self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
+        self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
         size = self.images.shape[2]
         self.facts = {"size": size, "text_encoder": "words", "text_tokens": 1, "vae": "pixels"}
 
@@ -347,6 +347,9 @@ def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
     try:
         with fsspec.open(path, "rb") as file:
             content = file.read()
+    except Exception as error:  # of a dozen file systems; an unknown protocol; no package for it
+        raise OSError(f"{path} cannot be read: {error}") from error
+    try:
         header = json.loads(content)
         if header.get("schema") != SCHEMA:
             raise ValueError(
@@ -369,9 +372,9 @@ class PreparedFolder(Source):
 
     def __init__(self, location: str, stage: Path | None):
         self.name, self.location, self.stage = location, location.rstrip("/"), stage
-        self.manifest, self.id = read_header(f"{self.location}/manifest.json", self.KEYS)
         if "://" in self.location and stage is None:
             raise ValueError(f"--data {location} is far away: give --stage, a folder on this disk")
+        self.manifest, self.id = read_header(f"{self.location}/manifest.json", self.KEYS)
         self.format = TextFormat(**self.manifest["text_format"])
         self.null_blob = base64.b64decode(self.manifest["null_text"])
         self.null = self.format.join([self.null_blob])
@@ -440,7 +443,12 @@ class PreparedFolder(Source):
             if self.stage is not None:
                 wait_for(path, self.stage / FAILED)
                 self.tables = {c: t for c, t in self.tables.items() if self.path(c).exists()}
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+            try:
+                table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{path} is broken: delete it and its .json, and prepare again"
+                ) from error
             self.tables[chunk] = {name: table.column(name).chunk(0) for name in table.column_names}
         return self.tables[chunk]
 
@@ -578,7 +586,7 @@ def open_source(name: str, data_dir: Path, seed: int, stage: Path | None) -> Sou
         return PairsFolder(name)
     try:
         return PreparedFolder(name, stage)
-    except (OSError, ImportError) as error:  # an unknown protocol, or its package is missing
+    except OSError as error:
         raise ValueError(
             f"--data {name} is none of shapes, {', '.join(digits.SOURCES)}, and holds no"
             f" manifest.json ({error}): python -m tools.prepare SOURCE --out {name}"
@@ -790,6 +798,7 @@ class Rows:
 FAILED = "failed"  # a file in the stage: what went wrong
 POLL = 0.02  # seconds between looks at whether it is time, or whether a file is there
 COPY_TRIES = 3  # a copy that arrives broken is made again so often
+LOOK_AHEAD, MOST_USES = 8, 2**17  # epochs, and uses in them, that --stage-limit is checked for
 
 
 class Use(NamedTuple):
@@ -834,11 +843,11 @@ class Copier(threading.Thread):
             self._stage(use)
 
     def least(self) -> int:
-        """The most bytes that are in use at one time in an epoch."""
+        """The most bytes that are in use at one time in the first epochs."""
         active: dict[Path, tuple[int, float]] = {}
         peak = 0
-        ahead = takewhile(lambda use: use.first < self.rows.epoch, self.rows.uses(0))
-        for use in (*self.kept, *ahead):
+        ahead = takewhile(lambda use: use.first < LOOK_AHEAD * self.rows.epoch, self.rows.uses(0))
+        for use in (*self.kept, *islice(ahead, MOST_USES)):
             active = {file: of for file, of in active.items() if of[1] > use.first}
             file, size = use.file
             active[file] = size, max(use.last, active.get(file, (0, 0))[1])
@@ -894,6 +903,11 @@ class Copier(threading.Thread):
                 del self.staged[file]
         used = sum(size for size, _ in self.staged.values())
         fits = target in self.staged or used + size <= self.limit
+        if use.first <= self.seen and not fits:  # nothing more will be dropped
+            raise ValueError(
+                f"--stage-limit {self.limit / 1e9:g} GB is full of chunks in use: resume with more,"
+                " or a lower --window"
+            )
         return fits and use.first <= self.seen + self.rows.epoch
 
 
