@@ -4,16 +4,28 @@ The convention, stated here once for the whole project:
 
     t = 0 is data, t = 1 is noise, and between them lies the straight line
         x_t = (1 − t)·data + t·noise.
-    The velocity is what moves x as t grows:
-        d x_t / dt = noise − data,    the target of the network.
+    The velocity says how x moves as t grows:
+        d x_t / dt = noise − data.      The network learns this difference.
 
-Through one point x_t pass many lines (many pairs of data and noise); a network trained with squared
-error learns their mean, v(x, t) = E[noise − data | x_t = x]. Flowing along v carries the
-distribution of x_t to that of x_t+dt for every t (Liu et al. 2022, 2209.03003, Theorem 3.3), so
-integrating from t = 1 down to t = 0 turns noise into data. (The paper itself runs time backwards.)
+From one point and its velocity both ends of the line follow:
+        data = x_t − t·v,      noise = x_t + (1 − t)·v.
+So a network that predicts v also predicts the clean image and the noise. Nothing else is needed.
+
+Why this makes pictures. Many lines pass through one point x_t, because many pairs of data and noise
+meet there. The network sees only the point, so it cannot know which line it is on. The answer with
+the least squared error is the mean over these lines: v(x, t) = E[noise − data | x_t = x]. Let p_t
+be the density of x_t. It obeys the continuity equation ∂p_t/∂t + ∇·(p_t·v) = 0 with exactly this
+mean velocity, since the flow of probability through a point is the sum of what all lines carry.
+Hence points that follow dx/dt = v(x, t) have the density p_t at every t (Liu et al. 2022,
+2209.03003, Theorem 3.3). Start at t = 1 with Gaussian noise, integrate down to t = 0, and the
+results are distributed like the data. (The paper itself runs time backwards.)
+
+The file, from top to bottom: the line and its velocity, the loss, random numbers, time, guidance,
+solvers, sampling, and then what builds on a first flow: pairs and pieces (reflow), averages of the
+weights. Read interpolate, velocity_target, rf_loss and sample first: these four are rectified flow.
 
 Shapes: x, data, noise (B, ...) of any rank; t (B,) fp32; text is whatever the model takes, with the
-batch first. Model outputs may be bf16; states, losses and averages are fp32 or wider.
+batch first. A model may return bf16. States, losses and averages are fp32 or wider.
 Imports nothing of ours: the flow does not know the network.
 """
 
@@ -36,7 +48,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 − t)·data + t·noise. data, noise (B, ...); t (B,) in [0, 1]; returns (B, ...)."""
     _same_shape(data, noise)
-    t = _per_sample(t, data)
+    t = _per_sample(t, data)  # (B, 1, ...)
     return (1 - t) * data + t * noise
 
 
@@ -47,11 +59,11 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) → (B, 1, ...), to meet x (B, ...). Another shape is an error, never a broadcast:
-    a (B,) against (B, C, H, W) would silently pair with W when B = W."""
+    """t (B,) → (B, 1, ...), to meet x (B, ...). Any other shape is an error and is not broadcast:
+    without the check, a (B,) against (B, C, H, W) would pair with W whenever B = W."""
     if t.shape != x.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}, must be ({x.shape[0]},): one per sample")
-    return t.reshape(-1, *[1] * (x.ndim - 1))
+    return t.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
 
 
 def _same_shape(data: Tensor, noise: Tensor):
@@ -60,102 +72,14 @@ def _same_shape(data: Tensor, noise: Tensor):
 
 
 # ------------------------------------------------------------------------------------------------
-# Randomness: everything that a step draws is a function of (seed, number) alone
-# ------------------------------------------------------------------------------------------------
-
-GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
-
-
-def mix_seed(seed: int, purpose: str, number: int) -> int:
-    """One seed of 64 bits from three: so each purpose has its own row of random numbers.
-
-    Adding them up would not do: seed 1, number 0 and seed 0, number 1 would be the same.
-    """
-    words = (seed, *purpose.encode(), number)
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-
-
-def generators(seed: int, purpose: str, numbers: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each number, from (seed, purpose, number) alone, on the CPU."""
-    return [torch.Generator().manual_seed(mix_seed(seed, purpose, n)) for n in numbers]
-
-
-def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
-    """One number in [0, 1) for each, from (seed, purpose, number) alone."""
-    return [np.random.default_rng(mix_seed(seed, purpose, n)).random() for n in numbers]
-
-
-def spread(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
-    """u (n,) fp32 in [0, 1): sample i draws from the i-th of n slices of equal length.
-
-    A batch then covers all of time, and its loss varies less; over shuffled samples the
-    distribution is uniform all the same.
-    """
-    u = torch.rand(n, generator=generator, device=device)
-    return (torch.arange(n, device=device) + u) / n
-
-
-def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
-    """u (n,) fp32 in [0, 1) for samples at these positions of a run: spread without a batch.
-
-    Neighbouring positions lie a golden step apart: every batch covers all of time evenly, whichever
-    rank it lies on.
-    """
-    u = np.random.default_rng((seed, 1)).random() + np.array(positions, float) * GOLDEN
-    return torch.tensor(u % 1, dtype=torch.float32).clamp(max=1 - 2**-24)
-
-
-# ------------------------------------------------------------------------------------------------
-# Time: where to train, where to step
-# ------------------------------------------------------------------------------------------------
-
-# a in RF++'s p(t) ∝ e^{at} + e^{a(1−t)} (Lee et al. 2024, 2405.20320), as its sampler draws it; the
-# e^{at} + e^{−at} that the paper prints has no second arm on [0, 1].
-U_SHAPE = 4.0
-TIME_DISTRIBUTIONS = {  # name → inverse of the distribution function, u in (0, 1) → t in (0, 1)
-    "uniform": lambda u: u,
-    # t = sigmoid(z), z ~ N(0, 1): the middle, for at the ends the best answer is a mere mean and
-    # soon learned (SD3, eq. 19)
-    "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
-    # both ends: for reflow, where the middle is easy. F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
-    "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,
-    # only where the walk begins: distillation, the velocity of one step is all that is learned
-    "start": torch.ones_like,
-}
-
-
-def shift_time(t, shift: float):
-    """t' = α·t / (1 + (α − 1)·t): more time near the noise for α > 1; ends stay (SD3, eq. 23).
-
-    A larger image needs more noise to be hidden as well: α = √(m/n) for m pixels against n.
-    t: float or tensor in [0, 1]; shift = α > 0.
-    """
-    if shift <= 0:
-        raise ValueError(f"shift = {shift} must be positive; 1 leaves time alone")
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -> Tensor:
-    """The time below which a share u of the training times lies. u in [0, 1]; t in (0, 1)."""
-    if distribution not in TIME_DISTRIBUTIONS:
-        names = ", ".join(TIME_DISTRIBUTIONS)
-        raise ValueError(f"distribution = {distribution!r} must be one of {names}")
-    t = shift_time(TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6)), shift)
-    return t.clamp(1e-6, 1 - 1e-6)
-
-
-def timesteps(steps: int, shift: float = 1.0) -> list[float]:
-    """The sampler's grid: steps + 1 times from 1 (noise) to 0 (data), even, then shifted."""
-    if steps < 1:
-        raise ValueError(f"steps = {steps} must be at least 1")
-    return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
-
-
-# ------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------
 
 LOSSES = ("mse", "pseudo_huber")
+
+# There is no weight on the loss. Which times matter is decided once, by the density from which t is
+# drawn (time_at): to draw a time twice as often and to weigh its loss twice have the same mean
+# gradient, and the first costs no extra variance.
 
 
 def rf_loss(
@@ -163,13 +87,18 @@ def rf_loss(
 ) -> Tensor:
     """The flow-matching loss of each sample, (B,) fp32: how far v(x_t, t) is from noise − data.
 
-    "mse":           mean over the sample's values of e², with e = v − (noise − data)
-    "pseudo_huber":  √(‖e‖² + c²) − c, c = 0.00054·√dim (2310.14189, section 3.3): large errors
-                     count less, for reflow and distillation.
+    With e = v − (noise − data):
+    "mse"            mean over the sample's values of e². Its minimiser is the conditional mean, on
+                     which the theorems of the flow rest.
+    "pseudo_huber"   √(‖e‖² + c²) − c, c = 0.00054·√dim (2310.14189, section 3.3). Large errors
+                     count less. Its minimiser is not the mean, so it suits reflow, where almost one
+                     line passes through each point, and not the first flow.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r} must be one of {', '.join(LOSSES)}")
     velocity = model(interpolate(data, noise, t), t, text)
+    # The difference is taken in fp32. In bf16 (8 bits of precision) it would be mostly rounding as
+    # soon as the network is good.
     error = velocity.float() - velocity_target(data, noise).float()
     error = error.reshape(len(error), -1)  # (B, dim)
     if loss == "mse":
@@ -190,9 +119,11 @@ def validation_loss(
 ) -> tuple[Tensor, Tensor]:
     """Velocity MSE at t = 0, 1/n, …, (n−1)/n and the mean of those n means (MLPerf flux1's metric).
 
-    Every sample has its own fixed t_index (B,) int64 in 0..n−1 and fixed noise, so that two
-    evaluations differ by the model alone. Returns ((n,), ()) fp32; a t without samples is NaN in
-    the first and left out of the second. batch_size: samples in one forward pass; None: all.
+    The loss depends far more on t and on the noise than on the model, so a validation loss with
+    fresh draws would jump about. Here every sample has its own fixed t_index (B,) int64 in 0..n−1
+    and fixed noise: two evaluations differ by the model alone.
+    Returns ((n,), ()) fp32; a t without samples is NaN in the first and left out of the second.
+    batch_size: samples in one forward pass; None: all.
     """
     sums, counts = data.new_zeros(2, num_timesteps, dtype=torch.float32)
     for part in torch.arange(len(data), device=data.device).split(batch_size or len(data)):
@@ -202,6 +133,118 @@ def validation_loss(
         counts.index_add_(0, index, torch.ones_like(losses))
     means = sums / counts
     return means, means.nanmean()
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness: everything that a step draws is a function of (seed, number) alone
+# ------------------------------------------------------------------------------------------------
+
+# A run must give the same result after a kill and on another number of GPUs. So no state of a
+# random generator is carried from step to step: whatever a sample needs is made anew from its
+# number.
+GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
+
+
+def mix_seed(seed: int, purpose: str, number: int) -> int:
+    """One seed of 64 bits from three values, so that each purpose has its own random numbers.
+
+    The sum of the values would not do: seed 1 with number 0 would equal seed 0 with number 1.
+    """
+    words = (seed, *purpose.encode(), number)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def generators(seed: int, purpose: str, numbers: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each number, from (seed, purpose, number) alone, on the CPU."""
+    return [torch.Generator().manual_seed(mix_seed(seed, purpose, n)) for n in numbers]
+
+
+def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
+    """One number in [0, 1) for each, from (seed, purpose, number) alone."""
+    return [np.random.default_rng(mix_seed(seed, purpose, n)).random() for n in numbers]
+
+
+def spread(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+    """u (n,) fp32 in [0, 1): sample i draws from the i-th of n slices of equal length.
+
+    The loss varies strongly with t. If the times of a batch were independent, some batches would
+    hold mostly hard times, and gradients would be noisier. Slices make every batch cover all of
+    time. Samples are shuffled, so each one still sees every time equally often (stratified
+    sampling).
+    """
+    u = torch.rand(n, generator=generator, device=device)
+    return (torch.arange(n, device=device) + u) / n
+
+
+def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
+    """u (n,) fp32 in [0, 1) for samples at these positions of a run: like spread, without a batch.
+
+    Neighbouring positions lie a golden step apart (a low-discrepancy sequence). So every run of
+    neighbours covers all of time evenly, whichever rank it lies on, and u depends on seed and
+    position alone.
+    """
+    u = np.random.default_rng((seed, 1)).random() + np.array(positions, float) * GOLDEN
+    return torch.tensor(u % 1, dtype=torch.float32).clamp(max=1 - 2**-24)
+
+
+# ------------------------------------------------------------------------------------------------
+# Time: where to train, where to step
+# ------------------------------------------------------------------------------------------------
+
+# Training may draw t from any density. It is given by its quantile function, the inverse of the
+# distribution function: evenly spread numbers u go in, times with that density come out.
+
+# a in RF++'s p(t) ∝ e^{at} + e^{a(1−t)} (Lee et al. 2024, 2405.20320). This is the density that its
+# code draws from. The paper prints e^{at} + e^{−at}, which does not rise towards t = 0.
+U_SHAPE = 4.0
+TIME_DISTRIBUTIONS = {  # name → quantile function, u in (0, 1) → t in (0, 1)
+    "uniform": lambda u: u,
+    # t = sigmoid(z), z ~ N(0, 1): mostly the middle. Near t = 0 the best answer is about −data, and
+    # near t = 1 about noise − mean(data). Both are learned soon (SD3, eq. 19).
+    "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
+    # Mostly both ends, for reflow: there the middle is easy, because paths are almost straight.
+    # F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
+    "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,
+    # Only t = 1, where sampling starts. With pairs this is distillation: the network learns the
+    # velocity of one single step and nothing else.
+    "start": torch.ones_like,
+}
+
+
+def shift_time(t, shift: float):
+    """t' = α·t / (1 + (α − 1)·t): more time near the noise for α > 1; ends stay (SD3, eq. 23).
+
+    Neighbouring pixels of a large image say nearly the same, so their average removes the noise: at
+    the same t a large image is easier to guess than a small one. Its times move towards the noise,
+    with α = √(m/n) for m pixels against n. Training and sampling should use the same α.
+    t: float or tensor in [0, 1]; shift = α > 0.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift = {shift} must be positive; 1 leaves time alone")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -> Tensor:
+    """u in [0, 1] → the u-quantile of the training times, shifted; t in (0, 1).
+
+    The ends are cut by 1e-6: there logit_normal would return an infinite z.
+    """
+    if distribution not in TIME_DISTRIBUTIONS:
+        names = ", ".join(TIME_DISTRIBUTIONS)
+        raise ValueError(f"distribution = {distribution!r} must be one of {names}")
+    t = shift_time(TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6)), shift)
+    return t.clamp(1e-6, 1 - 1e-6)
+
+
+def timesteps(steps: int, shift: float = 1.0) -> list[float]:
+    """The sampler's grid: steps + 1 times from 1 (noise) to 0 (data), even, then shifted.
+
+    The times of training are drawn at random; those of the sampler are a fixed grid. The shift is
+    the one thing that both share.
+    """
+    if steps < 1:
+        raise ValueError(f"steps = {steps} must be at least 1")
+    return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,8 +262,13 @@ def guided_velocity(
 ) -> Tensor:
     """v_null + cfg·(v_text − v_null): classifier-free guidance (Ho & Salimans 2022, 2207.12598).
 
-    cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one, above 1 goes
-    further in the text's direction. Both run as one batch of 2B. null_text (1 or B, ...) like text.
+    v_text knows the caption, v_null does not, so their difference is what the caption adds. It
+    points towards images that the caption describes better than other captions do. To go further
+    in this direction (cfg > 1) gives images that follow the text more clearly and vary less. It
+    works only if training drops some captions: otherwise the network has never seen null_text.
+
+    cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one. Both run as one
+    batch of 2B: one forward pass keeps a GPU busier than two. null_text (1 or B, ...) like text.
     """
     if cfg == 1:
         return model(x, t, text)
@@ -228,7 +276,8 @@ def guided_velocity(
         raise ValueError(f"cfg = {cfg} needs null_text, the encoded empty caption")
     both = torch.cat([text, null_text.expand_as(text)])
     velocity = model(torch.cat([x, x]), torch.cat([t, t]), both)
-    # Widened first: the difference of two bf16 velocities, times cfg, would be mostly rounding.
+    # Widened first. The difference of two close bf16 numbers is exact, but its product with cfg and
+    # the sum would be rounded to bf16 again, at every step of the solver.
     v_text, v_null = velocity.to(torch.promote_types(velocity.dtype, torch.float32)).chunk(2)
     return v_null + cfg * (v_text - v_null)
 
@@ -238,16 +287,21 @@ def guided_velocity(
 # ------------------------------------------------------------------------------------------------
 
 
+# A solver's error comes from the curvature of the path. On straight paths every solver is exact in
+# one step, which is the reason for reflow.
+
+
 def euler_step(v, x, t, h):
-    """First order, one evaluation."""
+    """First order (the error of a path falls as 1/steps), one evaluation: follow the tangent."""
     return x + h * v(x, t)
 
 
 def heun_step(v, x, t, h):
-    """Second order, two evaluations: the mean of the slopes at both ends of an Euler step.
+    """Second order (error as 1/steps²), two evaluations: the mean of the slopes at both ends.
 
-    A step that ends at t = 0 is Euler's, as in EDM (Karras et al. 2022, 2206.00364, Algorithm 1): a
-    clean image shows the network no noise to judge by. One such step keeps the order.
+    A step that ends at t = 0 is Euler's, as in EDM (Karras et al. 2022, 2206.00364, Algorithm 1):
+    at t = 0 the input holds no noise, so the network cannot tell noise − data from it. One such
+    step does not change the order.
     """
     slope = v(x, t)
     if t + h == 0:
@@ -280,7 +334,11 @@ def integrate(
     return_trajectory: bool = False,
     progress: bool = False,
 ) -> Tensor:
-    """Follow the velocity from x at times[0] to times[-1]: what sample and invert are made of."""
+    """Follow the velocity from x at times[0] to times[-1], one solver step per pair of times.
+
+    The states are fp32 even if the model computes in bf16: many small steps are added up, and bf16
+    would lose those that are below 1/256 of x.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r} must be one of {', '.join(SOLVERS)}")
     step, dtype = SOLVERS[solver], torch.promote_types(x.dtype, torch.float32)
@@ -316,7 +374,7 @@ def sample(
 
     noise (B, ...) ~ N(0, 1). solver "euler" costs one evaluation of the model a step, "heun" and
     "rf_solver" two (Heun's last step one); guidance (cfg ≠ 1) doubles the batch. shift: see
-    shift_time; use training's.
+    shift_time; use the one of training.
     Returns (B, ...) fp32, or with return_trajectory (steps + 1, B, ...), the noise first.
     """
     return integrate(
@@ -347,6 +405,9 @@ def invert(
 ) -> Tensor:
     """Data → the noise that sample would turn into it: the same integral from t = 0 to t = 1.
 
+    An ODE can be run in both directions, so an image has its own noise. Sample from that noise with
+    another caption, and the image is edited (experiments/edit.py). Errors of the way in come back
+    on the way out, hence the second-order solver as the default.
     Arguments and result as in sample; the trajectory starts with the data.
     """
     return integrate(
@@ -373,14 +434,14 @@ def straightness(
 ) -> Tensor:
     """S = ∫₀¹ ‖(x₁ − x₀) − v(x_t, t)‖² dt along each sample's own trajectory, (B,) ≥ 0.
 
-    0 if and only if the path is straight and walked at constant speed: then one Euler step is
-    exact. Its mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). Euler on `steps`
-    even steps: each step's chord is the velocity that it followed.
+    0 if and only if the path is straight and its speed constant: then one Euler step is exact. The
+    mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path is Euler's on
+    `steps` even steps, so the chord of each step is the velocity that it followed.
     """
     options = {"null_text": null_text, "cfg": cfg, "steps": steps}
     path = sample(model, noise, text, return_trajectory=True, **options)
     path = path.reshape(steps + 1, len(noise), -1)  # (S+1, B, dim)
-    velocities = (path[:-1] - path[1:]) * steps  # (S, B, dim): d x / d t, t falls by 1/S a step
+    velocities = (path[:-1] - path[1:]) * steps  # (S, B, dim): d x / d t; t falls by 1/S per step
     return (path[0] - path[-1] - velocities).square().sum(2).mean(0)
 
 
@@ -389,18 +450,25 @@ def straightness(
 # ------------------------------------------------------------------------------------------------
 
 
+# The lines of a first flow cross: data and noise are paired at random. Where they cross the network
+# answers with their mean, so the paths that it produces bend, and a bent path needs many steps.
+# Reflow pairs each noise with the image that the first flow makes of it. Paths of an ODE never
+# cross, so lines between these pairs cross far less, and the paths of a second flow, trained on
+# them, are straighter (Liu et al. 2022, 2209.03003, section 2.2).
+
+
 def reflow_states(
     model: Model, noise: Tensor, text: Tensor, *, segments: int = 1, steps: int = 50, **options
 ) -> Tensor:
-    """Where the model takes this noise: what the next flow is trained on, (B, segments + 1, ...).
+    """The path of the model from this noise, at segments + 1 points: (B, segments + 1, ...).
 
-    The first state is the noise, the last the data that the model makes of it. Trained on lines
-    between such pairs (rf_loss), a new flow makes the same distribution at no higher transport cost
-    on straighter paths (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7): its lines cross less.
-    With K segments the states between, at timesteps(K, shift), come along, so that only pieces of
-    the path need to become straight (PeRFlow, 2405.07510): for K steps instead of one.
-    options: as of sample; guidance is folded in: the new flow needs none (InstaFlow, 2309.06380).
-    Raises ValueError if segments do not divide steps.
+    The first state is the noise, the last the data that the model makes of it. A new flow trained
+    with squared error on lines between such pairs makes the same distribution, at no higher
+    transport cost, on straighter paths (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7).
+    With K segments the states between, at timesteps(K, shift), come along. Then only pieces of the
+    path must become straight, for K steps instead of one (PeRFlow, 2405.07510).
+    options: those of sample. Guidance is part of the pairs, so the new flow needs none (InstaFlow,
+    2309.06380). Raises ValueError if segments do not divide steps.
     """
     if segments < 1 or steps % segments:
         raise ValueError(f"steps = {steps} must be a multiple of segments = {segments}")
@@ -418,20 +486,21 @@ def line(
     shift: float = 1.0,
     beta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one training step learns from: → data, noise (B, ...), t (B,), for rf_loss.
+    """The line that one training step learns: → data, noise (B, ...), t (B,), for rf_loss.
 
+    One function for every coupling of data and noise, so both trainers have no branch for reflow.
     states (B, K + 1, ...): a path that is known at K + 1 points, from the noise to the data.
-        K = 0  only the data is known: any noise goes with it, `fresh_noise` (B, ...). The first
-               flow. shift moves t (shift_time).
-        K ≥ 1  noise and data belong together, made by an older flow: reflow. shift is that of the
-               grid on which the states lie, timesteps(K, shift).
-    u (B,) in [0, 1): where to train, even numbers that TIME_DISTRIBUTIONS[time] turns into times.
-    segments: straight pieces of the path, must divide K; 1 at K = 0. The first digit of u in this
-        base picks the piece, from the noise on, the rest of u the time inside. With time="start"
-        that is distillation in `segments` steps.
-    beta in [0, 1]: from the first flow's coupling (1: fresh noise) to the reflowed one (0), so that
-        reflow starts where the first flow ended (SlimFlow, 2407.12718):
-        √(1 − β²)·noise + β·fresh. Needs segments = 1.
+        K = 0  Only the data is known, and any noise may go with it: `fresh_noise` (B, ...). This is
+               the first flow. shift moves t (shift_time).
+        K ≥ 1  Noise and data belong together; an older flow made them. This is reflow. shift is
+               that of the grid on which the states lie, timesteps(K, shift).
+    u (B,) in [0, 1), evenly spread: TIME_DISTRIBUTIONS[time] turns it into times.
+    segments: straight pieces of the path; they must divide K, and be 1 at K = 0. u·segments is cut
+        into its whole part, the piece counted from the noise, and its fraction, which gives the
+        time inside the piece. With time="start" this is distillation in `segments` steps.
+    beta in [0, 1]: share of fresh noise, from the coupling of the first flow (1) to the reflowed
+        one (0): √(1 − β²)·noise + β·fresh, which keeps variance 1. Lowered during training, it lets
+        reflow start where the first flow ended (SlimFlow, 2407.12718). Needs segments = 1.
     Raises ValueError if they do not fit.
     """
     K = states.shape[1] - 1
@@ -440,7 +509,7 @@ def line(
     if segments < 1 or K == 0 or K % segments:
         raise ValueError(f"segments = {segments} must divide the {K} of the states")
     times = _grid(segments, shift, u.device)
-    piece = (u * segments).long().clamp(max=segments - 1)
+    piece = (u * segments).long().clamp(max=segments - 1)  # (B,): rounding may reach `segments`
     above, below = times[piece], times[piece + 1]
     inside = time_at(u * segments - piece, time)
     t = (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
@@ -455,10 +524,12 @@ def line(
 def line_at(
     states: Tensor, fresh_noise: Tensor, t: Tensor, *, segments: int = 1, shift: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The straight piece on which t (B,) lies, extended to its ends: → data, noise.
+    """The straight piece on which t (B,) lies, prolonged to t = 0 and t = 1: → data, noise.
 
-    x_t = (1 − t)·data + t·noise is on the piece, and noise − data is its slope, however many pieces
-    there are. Where two pieces meet it is the lower one. Arguments as in `line`.
+    So x_t = (1 − t)·data + t·noise lies on the piece, and noise − data is its slope: rf_loss needs
+    no change for pieces. At a time where two pieces meet the lower one (nearer to the data) is
+    taken, because a sampler that arrives at this time goes on along that piece. Arguments as in
+    `line`.
     """
     K = states.shape[1] - 1
     if K == 0:
@@ -476,7 +547,7 @@ def line_at(
 
 
 def _grid(steps: int, shift: float, device) -> Tensor:
-    """timesteps as a tensor, made on the device: a list would have to be copied there."""
+    """timesteps as a tensor, made on the device: a list would have to wait for a copy."""
     return shift_time(1 - torch.arange(steps + 1, device=device) / steps, shift)
 
 
@@ -487,8 +558,14 @@ def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Averages of the weights with a power-function profile (EDM2: Karras et al. 2023, 2312.02696, sec
+# Averages of the weights (EDM2: Karras et al. 2023, 2312.02696, section 3)
 # ------------------------------------------------------------------------------------------------
+
+
+# While the learning rate is high the weights do not settle: each batch pushes them about, around a
+# point that moves slowly. Their average over the last part of the run lies nearer to that point, so
+# all pictures and validation losses here are those of an average. It is kept in fp32: late in a run
+# one step moves it by (γ + 1)/t of its distance to the weights, which bf16 would round to nothing.
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -506,12 +583,14 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     """From its next step on, AdamW also averages the weights that it steps on.
 
     Each weight gets a state "ema_<width>" beside Adam's moments, θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ in fp32.
-    Unlike an exponential average its width is a share of the whole run (the standard deviation of
-    the profile over the training time), so it never remembers the initial weights:
         θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1}   (EDM2, eq. 127), exact at t = 1, 2, …
-    t is counted in each parameter group as "updates". Whoever saves, splits or loads the optimizer
-    does so with the averages: AdamW.state_dict, and ZeRO-2, which splits states by their shape.
-    A hook and not a subclass: DeepSpeed asks for the exact type. Call it before DeepSpeed wraps.
+    An exponential average has a fixed length in steps: too short for a long run, and for a short
+    one so long that it still holds the initial weights. This one has a width that is a share of the
+    run so far (the standard deviation of its profile), so one value suits every length.
+    t is counted in each parameter group as "updates". The averages are states of the optimizer, so
+    they are saved, split and loaded with it: by AdamW.state_dict, and by ZeRO-2, which splits
+    states by their shape. A hook and not a subclass: DeepSpeed asks for the exact type. Call it
+    before DeepSpeed wraps the optimizer.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -540,7 +619,8 @@ def average_name(width: float) -> str:
 def exchange_averages(adamw: torch.optim.Optimizer, name: str):
     """Swap every weight that AdamW steps on with its average, in place; twice changes nothing.
 
-    In parts of 64 MiB, so that no second copy of the weights is held.
+    To evaluate, swap, draw, and swap back. In parts of 64 MiB, so that no second copy of the
+    weights is held.
     """
     for group in adamw.param_groups:
         for weight in group["params"]:
