@@ -7,9 +7,19 @@
     python train_mnist.py --resume                 continue where the last run stopped
     python train_mnist.py --dry-run                the whole path in one step
 
-What comes out, in --out: samples.png (a column a class), samples.gif (from noise to digit),
-curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged weights),
-checkpoint.pt. Start reading at train(), the loop, and train_step() above it.
+What comes out, in --out: samples.png (one column for each class), samples.gif (from noise to
+digit), curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged weights),
+checkpoint.pt.
+
+Start reading at train_step(): it is rectified flow in ten lines. train() repeats it, main() gets
+everything ready. Chapter 2 (train_t2i.py) has the same parts in the same order and adds captions,
+several GPUs and bf16.
+
+    1 settings      one line for each option
+    2 one step      batch → line → loss → AdamW
+    3 the loop      until the last step or a signal
+    4 save, resume  checkpoint.pt
+    5 start, end    what main() prepares, and what a finished run draws
 """
 
 import io
@@ -42,15 +52,20 @@ FILES = (  # what a run leaves in its folder
     "samples.gif",
     "curves.png",
 )
-LOG_EVERY = 20  # steps in a row of log.csv
-BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
-CLIP = 1.0  # global gradient norm
+LOG_EVERY = 20  # steps in one row of log.csv
+# β₂ = 0.99 averages squared gradients over 100 steps; Adam's usual 0.999 is too slow for short
+# runs. eps is added to a denominator. Gradients shrink with the width, so a usual 1e-8 would slow
+# down wide networks only, and the learning rate would no longer transfer (muP).
+BETAS, EPS = (0.9, 0.99), 1e-15
+CLIP = 1.0  # largest global gradient norm: one odd batch must not throw the weights far away
 
 # ------------------------------------------------------------------------------------------------
 # 1 Settings
 # ------------------------------------------------------------------------------------------------
 
-RECIPES = {  # what a device can do in a few minutes
+# What a device can do in a few minutes. A CPU takes a narrow network and small batches; a GPU would
+# be idle with them.
+RECIPES = {
     "cpu": {"preset": "digits", "batch_size": 64, "steps": 7500},
     "gpu": {"preset": "digits-wide", "batch_size": 256, "steps": 20000},
 }
@@ -58,13 +73,20 @@ RECIPES = {  # what a device can do in a few minutes
 
 @dataclass(frozen=True)
 class Settings(DataOptions):
-    DATA = "auto"  # trained on if nothing else is asked for
+    """All options: common/settings.py makes the command line, --help and the checks from them.
+
+    fixed: a resumed run must have the same value. local: belongs to this call and is not saved.
+    DataOptions (inputs/rows.py) adds the options of the data.
+    """
+
+    DATA = "auto"  # the data if --data is not given
     data: list[str] = option(
         ["auto"],
         "auto (mnist, or glyphs), mnist, glyphs, cifar10, shapes, or folders of tools.prepare"
         " and tools.pairs",
         group="data",
     )
+    # The network. The preset gives width and depth; the data gives channels, grid and classes.
     preset: str = option("digits", "shape", choices=PRESETS, fixed=True, group="network")
     patch_size: int | None = option(None, "pixels a side of a token (None: fits)", fixed=True)
     residual: str | None = option(None, "how a block adds up", choices=RESIDUALS, fixed=True)
@@ -72,6 +94,8 @@ class Settings(DataOptions):
         None, "start from this run's weights, with its data and network", local=True
     )
 
+    # Training. lr holds at every width (muP), so it need not change with the preset. The time,
+    # shift and loss of rf.py; segments and anneal are for pairs of tools/pairs.py only.
     steps: int = option(7500, "optimizer steps", least=1, fixed=True, group="training")
     batch_size: int = option(64, "images a step", least=1, fixed=True)
     lr: float = option(6e-3, "learning rate at the base width; holds over width", fixed=True)
@@ -86,10 +110,13 @@ class Settings(DataOptions):
     compile: bool | None = option(None, "compile the blocks (with CUDA and Triton)", local=True)
     device: str = option("auto", "auto, cpu, mps or cuda", local=True)
 
+    # Pictures at the end. None of these changes the training, so a finished run may be resumed with
+    # other values to draw again: `--resume --cfg 4`.
     cfg: float = option(1.6, "guidance: above 1 closer to the caption", group="pictures")
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(24, "solver steps from noise to image", least=1)
 
+    # The run and its folder.
     out: Path = option(Path("runs/mnist"), "folder for all of it", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
@@ -97,6 +124,7 @@ class Settings(DataOptions):
     dry_run: bool = option(False, "one step of everything, in a temporary folder", local=True)
 
     def __post_init__(self):
+        """Options that do not fit together, before any work is done."""
         super().__post_init__()
         rf.gamma_from_sigma_rel(self.ema)
         if self.anneal > 1:
@@ -111,21 +139,34 @@ class Settings(DataOptions):
 
 
 def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) -> Batch:
-    """The batch of a step, from (seed, step) alone: so a resumed run goes on exactly."""
+    """The batch of a step, from (seed, step) alone.
+
+    Because no random state is carried from step to step, a resumed run sees exactly the batches
+    that it would have seen. rf.spread gives the times: evenly spread over the batch.
+    """
     B, device = settings.batch_size, generator.device
     generator.manual_seed(rf.mix_seed(settings.seed, "step", step))
-    random = {"generator": generator, "device": device}
+    random = {"generator": generator, "device": device}  # drawn on the device: nothing is copied
     stored, text = rows.at(range(step * B, (step + 1) * B))
-    shape = (B, *rows.shape(stored))
+    shape = (B, *rows.shape(stored))  # (B, C, h, w)
+    # One caption in ten is dropped, so the same network also learns the unconditional velocity that
+    # guidance needs.
     dropped = torch.rand(B, **random) < rows.dropout if rows.dropout else None
     u, noise = rf.spread(B, **random), torch.randn(shape, **random)
-    vae_noise = torch.randn(shape, **random) if rows.random else None
+    vae_noise = torch.randn(shape, **random) if rows.random else None  # picks a latent of the VAE
     return Batch(stored, text, dropped, u, noise, vae_noise)
 
 
 def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generator):
-    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². → loss, gradient norm, on the device."""
+    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². → loss, gradient norm, on the device.
+
+    The two results stay on the device. To print a number, the host must wait until the device has
+    computed it, and the device then waits for the host: log.py reads them once in LOG_EVERY steps.
+    """
+    # states (B, K + 1, C, h, w): the data alone (K = 0), or the known points of a path (pairs)
     states, text, u, noise = rows.encode(draw(rows, settings, step, generator), generator.device)
+    # One line for each sample: its two ends and the time at which the network is asked. For the
+    # first flow the ends are the image and fresh noise.
     data, noise, t = rf.line(
         states,
         noise,
@@ -135,23 +176,29 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
         shift=settings.shift,
         beta=annealing(settings, step),
     )
+    # x_t = (1 − t)·data + t·noise goes in, v comes out, noise − data is what it should be.
     loss = rf.rf_loss(model, data, text, t=t, noise=noise, loss=settings.loss).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    # Groups have different rates (muP); the schedule multiplies all of them by the same share.
     for group in adamw.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(settings, step)
-    adamw.step()
+    adamw.step()  # moves the weights, and then their average (rf.keep_averages)
     adamw.zero_grad()
     return loss, norm
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The share of the base rate at a step (from 0): linear warm-up, then a line down to zero."""
+    """The share of the base rate at a step (from 0): linear warm-up, then a line down to zero.
+
+    Warm-up: Adam's second moments are estimates from few batches at first, and a full rate would
+    follow their errors. The line to zero: large steps find a good region, small ones its bottom.
+    """
     return min((step + 1) / settings.warmup_steps, 1) * (1 - step / settings.steps)
 
 
 def annealing(settings: Settings, step: int) -> float:
-    """Share of fresh noise in a pair's: from 1 to 0 over the first `anneal` of the run."""
+    """Share of fresh noise in pairs (rf.line): from 1 to 0 over the first `anneal` of the run."""
     steps = round(settings.anneal * settings.steps)
     return 1 - step / steps if step < steps else 0.0
 
@@ -162,15 +209,16 @@ def annealing(settings: Settings, step: int) -> float:
 
 
 def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int, path: Path):
-    """From `step` to the end; → the step it ended at. Ctrl-C and SIGTERM end it early, cleanly.
+    """The loop, from `step` to the end. → the step at which it ended.
 
-    Raises FloatingPointError where loss or gradient is not finite: such a step is never saved.
+    Ctrl-C and SIGTERM end it after the step under way, with a checkpoint. Raises FloatingPointError
+    if a loss or gradient was not finite; weights after such a step are never saved.
     """
     device = model.positions.device
     generator, B = torch.Generator(device), settings.batch_size
     h, w = max(rows.sides())
-    flops, peak = model.flops_per_image(h, w, rows.text.tokens), device_peak(device)
-    bar = progress_bar(settings.steps * B, step * B)
+    flops, peak = model.flops_per_image(h, w, rows.text.tokens), device_peak(device)  # for the MFU
+    bar = progress_bar(settings.steps * B, step * B)  # counts images; the resumed ones are no speed
     with bar, Signals() as signals:
         request = NOTHING
         while step < settings.steps and request != STOP:
@@ -179,18 +227,19 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
             lr = settings.lr * learning_rate(settings, step)
             step += 1
             row = log.end_step(step, step * B, norm, lr=lr)
-            if row:
+            if row:  # once in LOG_EVERY steps: the only time the host waits for the device
                 check_finite(log, row, path)
                 show(bar, row, flops, peak)
             request = signals.take()
             if request or step % settings.checkpoint_every == 0 or step == settings.steps:
-                check_finite(log, log.flush(), path)
+                check_finite(log, log.flush(), path)  # the steps that no row holds yet
                 save(path, model, adamw, rows, settings, log, step)
             bar.update(B)
     return step
 
 
 def check_finite(log: Log, row: dict | None, path: Path):
+    """Stop a run that has diverged: from NaN weights it would train on for hours, to no end."""
     if row and log.bad_step:
         left = f"{path} is from before" if path.exists() else "nothing was saved"
         raise FloatingPointError(
@@ -202,17 +251,20 @@ def check_finite(log: Log, row: dict | None, path: Path):
 # ------------------------------------------------------------------------------------------------
 # 4 Save and resume
 # ------------------------------------------------------------------------------------------------
+# A resumed run restores the weights, AdamW's moments and its counts of steps, the average, the
+# settings and the rows of log.csv. It need not restore random generators or a place in the data:
+# both follow from seed and step. So the rest of the run is the same to the last bit.
 
 
 def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int):
-    """The checkpoint: weights, Adam's moments with the average beside them, settings, step, log."""
+    """Write the checkpoint, whole or not at all: it is made in memory and renamed into place."""
     state = {
         "settings": settings.saved(),
-        "rows": rows.id,
+        "rows": rows.id,  # a checksum: on other images the run would not be the same run
         "config": asdict(model.config),
         "step": step,
         "model": model.state_dict(),
-        "adamw": adamw.state_dict(),
+        "adamw": adamw.state_dict(),  # moments, and the average beside them
         "log": log.rows,
     }
     buffer = io.BytesIO()
@@ -221,7 +273,11 @@ def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: L
 
 
 def load(path: Path, device) -> dict:
-    """What save wrote. ValueError if it is not ours."""
+    """What save wrote. ValueError if it is not ours.
+
+    weights_only: a pickle may run any code when it is opened; this refuses all but tensors and
+    plain values.
+    """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         _ = [state[k] for k in ("settings", "rows", "config", "step", "model", "adamw", "log")]
@@ -233,22 +289,25 @@ def load(path: Path, device) -> dict:
 
 
 def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, torch.optim.AdamW]:
-    """Network and optimizer: new, from --init, or from the checkpoint's state."""
-    torch.manual_seed(settings.seed)  # the initial weights; no step draws from global state
+    """Network and optimizer: new, with the weights of --init, or from the checkpoint's state."""
+    torch.manual_seed(settings.seed)  # for the initial weights; no step draws from global state
+    # What the data decides: grey or colour, how many classes, how many patches.
     channels, text_dim, sides = rows.latent_channels, rows.text.dim, list(rows.sides())
     sizes = {"channels": channels, "text_dim": text_dim, "sides": sides}
     patch, residual = settings.patch_size, settings.residual
     model = MMDiT(fitted(settings.preset, **sizes, patch_size=patch, residual=residual)).to(device)
-    if settings.init and not state:
+    if settings.init and not state:  # a larger picture stretches the position table
         older = Pipeline.open(settings.init)
         model.start_from(older.model, settings.size / older.facts["size"])
     if state and state["config"] != asdict(model.config):
         raise ValueError(f"the run in {settings.out} is of another network: choose another --out")
+    # torch.compile fuses small operations into few kernels. It pays on a GPU, where it needs
+    # Triton.
     compiles = device.type == "cuda" and find_spec("triton") is not None
     if compiles if settings.compile is None else settings.compile:
         model.compile_blocks()
-    groups = model.param_groups(settings.lr, settings.weight_decay)
-    fused = device.type in ("cpu", "cuda")
+    groups = model.param_groups(settings.lr, settings.weight_decay)  # by muP
+    fused = device.type in ("cpu", "cuda")  # all weights of a group in one kernel
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
     for group in adamw.param_groups:
         group["base_lr"] = group["lr"]
@@ -265,17 +324,20 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
 
 
 def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int, out: Path):
-    """The averaged weights, their held-out loss, and what they draw."""
-    rf.exchange_averages(adamw, rf.average_name(settings.ema))  # from here on they are the model's
+    """Leave the averaged weights, their held-out loss, and what they draw."""
+    # From here on the model holds the averaged weights. The run is over: nothing swaps them back.
+    rf.exchange_averages(adamw, rf.average_name(settings.ema))
     samples, device = step * settings.batch_size, model.positions.device
     facts = run_facts(settings, rows, model.config, samples)
     Pipeline(model, rows.text, rows.image, facts).save(out)
-    losses = validation(model, rows, settings, device, Ranks())
+    losses = validation(model, rows, settings, device, Ranks())  # at t = 0, 1/8, …, 7/8
     wanted = asked(rows, per_tag=ROWS)
+    # The same captions and the same noise in every run with this seed, so that runs can be
+    # compared.
     frames, _ = draw_asked(model, rows, wanted, settings, device, Ranks(), trajectory=True)
     row = {"samples": samples, "loss": sum(losses) / len(losses)}
     row |= {f"loss_t{i}/8": loss for i, loss in enumerate(losses)}
-    write_rows(out / "eval.csv", [])
+    write_rows(out / "eval.csv", [])  # a resumed run that ends again replaces its row
     append_row(out / "eval.csv", row)
     captions, columns = [wanted.captions[i] for i in wanted.shown], COLUMNS
     if rows.words:
@@ -283,41 +345,48 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
         pictures.classes(frames[-1], captions[:columns], out / "samples.png")
     elif captions:
         pictures.captioned(frames[-1], captions, out / "samples.png", columns)
-    if captions:  # none if no row is held out
+    if captions:  # there are none if no row is held out
         pictures.film(frames, columns, out / "samples.gif")
     pictures.curves(log.rows, [row], out / "curves.png")
 
 
 @program("train_mnist.py")
 def main(argv: list[str] | None = None):
+    """Everything before and after the loop. The order matters: whatever can be refused is refused
+    before a file is written, and what was there is deleted last."""
     started, typed = time.time(), parse(Settings, argv, __doc__, RECIPES)
     device = choose_device(typed.get("device", "auto"))
     begin(device)
     out = typed.get("out", Settings.out)
+    # 1. The run that is there: resume it, replace it, or refuse.
     state = {}
     if typed.get("resume") and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", device)
+    # Any of these files means that a run is there, even if it was killed before its checkpoint.
     present = [file for file in FILES if (out / file).exists()]
     if present and not any(typed.get(key) for key in ("resume", "overwrite", "dry_run")):
         raise ValueError(
             f"--out {out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
         )
+    # 2. All settings, from what was typed, saved, and known of the data; and the rows.
     recipe = RECIPES["cpu" if device.type == "cpu" else "gpu"]
     saved = state.get("settings", {})
     settings, rows = settle_run(Settings, typed, saved, device, lambda preset: recipe)
     if state and state["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
-    if settings.dry_run:
+    if settings.dry_run:  # the real path, in one step
         settings = replace(settings, steps=1, sample_steps=1)
+    # 3. Network and optimizer. 4. The folder. 5. Train.
     model, adamw = build(settings, rows, state, device)
+    # A dry run does everything in a folder that is deleted, so it can be tried beside a real run.
     with tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out) as folder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in present if settings.overwrite else ():
+        for name in present if settings.overwrite else ():  # our own files and nothing else
             (folder / name).unlink()
         log = Log(folder / "log.csv", LOG_EVERY)
-        log.rows = list(state.get("log", []))
+        log.rows = list(state.get("log", []))  # rows after the checkpoint will come again
         write_rows(log.path, log.rows)
         path = folder / "checkpoint.pt"
         step = train(model, adamw, rows, settings, log, state.get("step", 0), path)

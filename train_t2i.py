@@ -9,14 +9,23 @@
     deepspeed train_t2i.py --data PAIRS --init RUN --out RUN2    straighten a run (tools/pairs.py)
     deepspeed train_t2i.py --data data/my512 --init runs/my256 --out runs/my512
 
-ZeRO-2 keeps the weights whole on every rank and splits gradients, fp32 master weights, Adam's
-moments and the averages. ds_config.json holds all that DeepSpeed is told. Start reading at train(),
-the loop, and train_step() above it.
+Start reading at train_step() and train(), in part 4: the step is that of chapter 1, and all that is
+new stands around it.
+
+    1 settings      one line for each option, and what each machine can do
+    2 samples       which samples each rank reads: one endless row, shared out
+    3 ranks         processes, precision, and what ZeRO-2 splits between them
+    4 step, loop    train_step, train, and Run, which holds all that changes
+    5 save, resume  checkpoints of many ranks, whole or not there at all
+
+Words. A rank is one process with one GPU. A step moves the weights once; it may take several passes
+(micro-batches) of each rank, whose gradients add up. A sample is one image with its caption.
+Lengths and intervals are counted in samples, so they mean the same at any batch size and number of
+GPUs.
 
 What comes out, in --out: checkpoints/, model.safetensors + config.json (the averaged weights, at
-the end), samples.png (a sheet with its captions), progress.png (a row an evaluation), curves.png,
-log.csv, eval.csv. A sample is one image with its caption; lengths and intervals are counted in
-samples, so that they mean the same at any batch size.
+the end), samples.png (a sheet with its captions), progress.png (one row for each evaluation),
+curves.png, log.csv, eval.csv. ds_config.json holds all that DeepSpeed is told.
 """
 
 import atexit
@@ -62,17 +71,19 @@ from common.start import NOTHING, SAVE, STOP, Signals, begin, program
 from inputs.rows import Batch, Copier, DataOptions, Rows
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
-LOG_EVERY = 10  # steps in a row of log.csv
-BETAS, EPS = (0.9, 0.99), 1e-15  # Adam; eps tiny because gradients shrink with the width (muP)
-EMA_WIDTHS = (0.05, 0.10)  # two averages: any width between can be made of them afterwards
+LOG_EVERY = 10  # steps in one row of log.csv
+BETAS, EPS = (0.9, 0.99), 1e-15  # as in chapter 1: a tiny eps, or the rate would not transfer (muP)
+# Two averages of the weights. From two, over several checkpoints, any width between them can be
+# made afterwards (EDM2, section 3.2): the best width is known only when the run is over.
+EMA_WIDTHS = (0.05, 0.10)
 
 # ------------------------------------------------------------------------------------------------
 # 1 Settings and recipes
 # ------------------------------------------------------------------------------------------------
 
-# What a machine can do in a while; the network is mmdit's preset of the same name. tiny: two CPU
-# cores, 25 minutes, a small world, 25 image tokens. The others are for GPUs and the whole world;
-# they were chosen by reasoning and have not run yet.
+# What a machine can do in reasonable time. The network is mmdit's preset of the same name. tiny:
+# two CPU cores, 25 minutes, a small world of shapes, 25 image tokens. The others are for GPUs and
+# the whole world; they were chosen by reasoning and have not run yet.
 RECIPE = (
     "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
     "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
@@ -96,11 +107,20 @@ def recipe_of(preset: str | None) -> dict:
 
 @dataclass(frozen=True)
 class Settings(DataOptions):
-    DATA = "shapes"  # trained on if nothing else is asked for
+    """All options: common/settings.py makes the command line, --help and the checks from them.
+
+    fixed: a resumed run must have the same value. local: belongs to this call and is not saved.
+    DataOptions (inputs/rows.py) adds the options of the data; RECIPES give defaults to some.
+    """
+
+    DATA = "shapes"  # the data if --data is not given
     workers: int | None = option(None, "loader processes a rank (0 on a CPU, else 4)", local=True)
+    # Data larger than the local disk: chunks are copied ahead of their use and deleted after it.
     stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
     stage_limit: float = option(100.0, "GB that it may hold", above=0, local=True)
 
+    # The network. precision: bf16 halves memory and time of the network on a GPU; ZeRO-2 keeps fp32
+    # weights beside it, on which AdamW steps.
     preset: str = option("tiny", ", ".join(RECIPES), choices=RECIPES, fixed=True, group="network")
     residual: str | None = option(None, "auraflow: can be exported", choices=RESIDUALS, fixed=True)
     init: Path | None = option(
@@ -109,6 +129,9 @@ class Settings(DataOptions):
     compile: str = option("auto", "blocks", choices=("auto", "on", "off"), local=True)
     precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"), fixed=True)
 
+    # Training. batch_size changes the result and is fixed; micro_batch changes only memory and
+    # speed. lr holds at every width (muP): it was searched with tiny. shift 2: on small pictures of
+    # large forms, more time near the noise, where the network decides what stands where.
     samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
     batch_size: int = option(64, "samples a step, of all ranks together", least=1, fixed=True)
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
@@ -122,8 +145,11 @@ class Settings(DataOptions):
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
+    # A step whose gradient is not finite is skipped.
     max_bad_steps: int = option(20, "stop after so many in a row not finite", least=1)
 
+    # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time to a
+    # validation loss, which counts speed and quality in one number.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
     cfg: float = option(3.0, "guidance of the pictures")
@@ -131,6 +157,8 @@ class Settings(DataOptions):
     sample_steps: int = option(20, "solver steps of the pictures", least=1)
     target_eval_loss: float | None = option(None, "stop when the validation loss is reached")
 
+    # The run and its folder. A cluster stops jobs at their time limit: --resume continues a run or
+    # begins it, so the same command can be queued again and again.
     out: Path = option(Path("runs/shapes"), "folder for all of it", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
@@ -143,6 +171,7 @@ class Settings(DataOptions):
     threads: int | None = option(None, "CPU threads a rank (cores / ranks)", least=1, local=True)
 
     def __post_init__(self):
+        """Options that do not fit together, before any work is done."""
         super().__post_init__()
         if self.anneal > 1:
             raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
@@ -151,7 +180,11 @@ class Settings(DataOptions):
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0."""
+    """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0.
+
+    A constant rate with a late line down, and not a cosine over the whole run: then the run can be
+    made longer, or cooled down from any checkpoint, without a plan made at its start.
+    """
     steps = -(-settings.samples // settings.batch_size)
     warmup = max(1, settings.warmup_samples / settings.batch_size)
     cooldown = max(1, settings.cooldown_samples / settings.batch_size)
@@ -159,7 +192,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def annealing(settings: Settings, seen: int) -> float:
-    """Share of fresh noise in a pair's: from 1 to 0 over the first `anneal` of the run."""
+    """Share of fresh noise in pairs (rf.line): from 1 to 0 over the first `anneal` of the run."""
     samples = settings.anneal * settings.samples
     return 1 - seen / samples if seen < samples else 0.0
 
@@ -167,6 +200,11 @@ def annealing(settings: Settings, seen: int) -> float:
 # ------------------------------------------------------------------------------------------------
 # 2 The row of samples, shared out among ranks
 # ------------------------------------------------------------------------------------------------
+# A run reads one endless row of samples, numbered by position. What stands at a position (image,
+# caption, whether the caption is dropped, noise, time) depends on seed and position alone. Step k
+# takes the positions k·B … k·B + B − 1, however many ranks share them. So the result does not
+# depend on the number of ranks, and a resumed run needs to know one number: how many samples it has
+# seen.
 
 
 class Samples(Dataset):
@@ -182,7 +220,8 @@ class Samples(Dataset):
 class RankPositions:
     """The positions of one rank's micro-batches, from `seen` on: an endless iterator of lists.
 
-    A step takes ranks · passes · micro_batch positions in a row; ranks share them out.
+    With 2 ranks and micro-batches of 3, rank 0 reads 0 1 2, 6 7 8, …, and rank 1 3 4 5, 9 10 11, …
+    A whole step takes ranks · passes · micro_batch positions, one after another.
     """
 
     def __init__(self, seen: int, micro_batch: int, ranks: Ranks):
@@ -198,7 +237,11 @@ class RankPositions:
 def loader(
     rows: Rows, settings: Settings, seen: int, micro_batch: int, ranks: Ranks, pin_memory=False
 ) -> Iterator[Batch]:
-    """Endless micro-batches of one rank, made ahead by worker processes."""
+    """Endless micro-batches of one rank, made ahead by worker processes.
+
+    A worker reads, decodes and draws noise while the GPU computes. pin_memory: batches lie in
+    memory from which the GPU can copy by itself, so the host need not wait for the copy.
+    """
     workers = (4 if pin_memory else 0) if settings.workers is None else settings.workers
     if workers:
         atexit.register(_end_workers)
@@ -216,18 +259,20 @@ def loader(
 
 
 def _as_it_is(batch: Batch) -> Batch:
+    """In place of the loader's own collation: draw has made a whole batch already."""
     return batch
 
 
 def _end_workers():
-    """They ignore SIGTERM: a program that ends by an error would wait for them for ever."""
+    """Kill the workers at exit: they ignore SIGTERM, and the program would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def _leave_signals_to_the_trainer(worker: int):
-    """Launchers signal the whole process tree: the trainer still needs batches to end its step."""
+    """Launchers send signals to the whole process tree. The trainer still needs batches from its
+    workers to end its step and save, so workers ignore them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -235,20 +280,28 @@ def _leave_signals_to_the_trainer(worker: int):
 # ------------------------------------------------------------------------------------------------
 # 3 Ranks, and what ZeRO-2 splits between them
 # ------------------------------------------------------------------------------------------------
-# ZeRO-2 (Rajbhandari et al. 2019, 1910.02054) keeps the weights on every rank, but each rank owns
-# only 1/N of the gradients, of the fp32 master weights and of AdamW's states: its moments, and the
-# averages (rf.keep_averages).
+# Plain data parallelism keeps everything on every rank: for each parameter 2 bytes of bf16 weight,
+# 4 of gradient, 4 of fp32 weight, 8 of Adam's moments, and 8 of two averages, 26 in all. A network
+# of 6.8 billion parameters then needs 178 GB on each GPU. ZeRO-2 (Rajbhandari et al. 2019,
+# 1910.02054) keeps only the bf16 weights on every rank. Each of N ranks owns 1/N of all the rest:
 #
 #     group     parameters that share a learning rate and decay, laid end to end in one flat row
 #     shard     this rank's 1/N of that row, fp32: what AdamW steps on
+#
+# One step: every rank computes gradients of its samples; each shard's owner receives their mean;
+# AdamW moves the shard, its moments and its averages (rf.keep_averages hooks into AdamW, so they
+# are split too); every rank gathers the new weights. The traffic is that of plain data parallelism.
+# tools/plan.py counts memory and traffic for any number of GPUs.
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
     """Join the other ranks, as the launcher's environment says; alone without a launcher.
 
-    threads: of the CPU, for each rank; None shares the cores out.
+    deepspeed and torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. For a
+    single process we set them ourselves, so there is one code path. threads: of the CPU, for each
+    rank; None shares the cores out.
     """
-    if find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None:  # chapter 1 does without it
         raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
@@ -260,20 +313,23 @@ def start_ranks(threads: int | None = None) -> Ranks:
         os.environ |= {key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()}
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
-    import deepspeed
+    import deepspeed  # takes seconds: not before --help has been answered
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = local_device()
-    if device.type == "cpu":
+    if device.type == "cpu":  # two ranks with all cores each would slow each other down
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
     deepspeed.init_distributed(verbose=False)
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # a large re-cut takes long
+    # A second group, over the network cards of the hosts: for what lies in host memory, so that no
+    # GPU is asked. A re-cut of a large checkpoint takes long, hence the timeout.
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
 
 def local_device() -> torch.device:
+    """This rank's device: one GPU, or the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -284,19 +340,28 @@ def local_device() -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles."""
+    """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles.
+
+    Other CPUs compute bf16 in fp32 and convert, three times slower.
+    """
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def read_ds_config(settings: Settings, ranks: int) -> dict:
-    """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings."""
+    """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings.
+
+    A value that stands in both places would one day differ, and DeepSpeed would take its own: so
+    the file says "auto" for whatever the command line knows, and anything else there must agree.
+    """
     file = settings.ds_config
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--ds-config {file} cannot be read: {error}") from error
+    # Stage 3 splits the weights themselves; offloading moves AdamW's states to the host. Both would
+    # take the averages and their exchange out of reach. fp16 needs a loss scale; bf16 does not.
     zero = config.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
         raise ValueError(f'{file}: "stage" {zero.get("stage")} must be 2 (or 1), see train_t2i.py')
@@ -308,6 +373,7 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
         share = max(1, batch // ranks)
         most = min(share, settings.most_at_once)
         micro = max(m for m in range(1, most + 1) if share % m == 0)
+    # DeepSpeed's rule: batch = micro-batch · ranks · passes.
     passes, rest = divmod(batch, micro * ranks)
     if rest or not passes:
         per_pass = micro * ranks
@@ -336,8 +402,10 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
 
 
 class Requests:
-    """What any rank is asked for becomes known to all of them one step later: each step's flags
-    travel over gloo, in host memory, while the next step is computed, so nobody waits for a device.
+    """A signal reaches one rank; all ranks must save or stop at the same step, or they hang.
+
+    Each step sends its flags on their way over gloo, in host memory, and reads those of the step
+    before. So nobody waits for a device, and every rank acts one step later than asked.
     """
 
     def __init__(self, group):
@@ -345,7 +413,7 @@ class Requests:
 
     def exchange(self, request: int) -> int:
         """Send this rank's request on its way; → the greatest one of the step before."""
-        flag = torch.tensor(request)
+        flag = torch.tensor(request)  # on the CPU
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
         before, self.in_flight = self.in_flight, (work, flag)
         if before is None:
@@ -364,7 +432,11 @@ class Requests:
 
 @contextmanager
 def averaged(engine, adamw, width: float):
-    """Inside, the weights of every rank are an average; afterwards they are themselves again."""
+    """Inside, the weights of every rank are an average; afterwards they are themselves again.
+
+    Averages and fp32 weights lie in the same shards, so each rank swaps its own part, and DeepSpeed
+    then gathers the network's weights from the shards as it does after every step.
+    """
     rf.exchange_averages(adamw, rf.average_name(width))
     engine.optimizer.update_lp_params()  # fp32 shards → the network's weights, on every rank
     yield engine.module  # no finally: a rank that fails alone would hang in it
@@ -378,12 +450,17 @@ def averaged(engine, adamw, width: float):
 
 
 def train_step(run: "Run", batches: Iterator[Batch]):
-    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖², on every rank, each on its share."""
+    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖², on every rank, each on its share.
+
+    The same as in chapter 1, with two differences: several passes may add up to one step, and
+    DeepSpeed's engine takes the place of model, backward and optimizer. record_function names the
+    parts for a profiler (experiments/throughput.py step).
+    """
     settings, engine, rows = run.settings, run.engine, run.rows
     for _ in range(engine.gradient_accumulation_steps()):
         with record_function("part batch"):
             batch = next(batches)
-        with record_function("part encode"):
+        with record_function("part encode"):  # on the device: VAE's sample, text features
             states, text, u, noise = rows.encode(batch, engine.device)
             data, noise, t = rf.line(
                 states,
@@ -396,21 +473,26 @@ def train_step(run: "Run", batches: Iterator[Batch]):
             )
         with record_function("part forward"):
             loss = rf.rf_loss(engine, data, text, t=t, noise=noise, loss=settings.loss).mean()
-        with record_function("part backward"):
+        with record_function("part backward"):  # gradients travel to the owners of their shards
             engine.backward(loss)
         with record_function("part step"):
-            engine.step()  # the last micro-batch of a step moves the weights
+            engine.step()  # only the last pass of a step moves the weights
         run.log.add(loss)
 
 
 def train(run: "Run"):
-    """The loop: every rank runs it."""
+    """The loop: every rank runs it, and all take the same turns.
+
+    An evaluation or a save is work of all ranks together, so no rank may decide on it alone: seen
+    is the same everywhere, and requests are exchanged.
+    """
     settings = run.settings
     batches, bar = run.batches(), progress_bar(settings.samples, run.seen, run.ranks.rank == 0)
     with bar, Signals(settings.save_minutes) as signals:
         while run.seen < settings.samples and not run.stopped:
             train_step(run, batches)
             run.end_step(bar)
+            # One clock decides when --save-minutes have passed: rank 0's.
             request = run.requests.exchange(signals.take(clock=run.ranks.rank == 0))
             run.stopped |= request == STOP
             if run.passed("eval_every_samples") and not run.stopped:
@@ -425,7 +507,11 @@ def train(run: "Run"):
 
 
 class Run:
-    """All that changes while training."""
+    """All that changes while training: network, optimizer, position, log.
+
+    step: how often the weights have moved, skipped steps included. seen: samples read so far; the
+    one number that places a run in its data.
+    """
 
     def __init__(self, settings: Settings, rows: Rows, ranks: Ranks, record: dict | None):
         import deepspeed
@@ -435,7 +521,9 @@ class Run:
         self.stopped, self.copier, self.evals = False, None, []
         device = local_device()
         sides = rows.sides()
-        torch.manual_seed(settings.seed)  # the initial weights; no step draws from global state
+        # The network: the preset's, with the channels, text features and grid of the data. All
+        # ranks start with the same weights, since they have the same seed.
+        torch.manual_seed(settings.seed)  # no step draws from global state
         sizes = {"channels": rows.latent_channels, "text_dim": rows.text.dim, "sides": list(sides)}
         model = MMDiT(fitted(settings.preset, **sizes, residual=settings.residual))
         self.config = model.config
@@ -443,6 +531,7 @@ class Run:
             older = Pipeline.open(settings.init)
             model.start_from(older.model, settings.size / older.facts["size"])
         model.to(device)
+        # FLOPs of a mean sample, for the MFU: buckets of other shapes have other numbers of tokens.
         tokens = settings.text_tokens
         self.flops = sum(
             share * model.flops_per_image(h, w, tokens) for (h, w), share in sides.items()
@@ -450,12 +539,18 @@ class Run:
         cuda = device.type == "cuda" and find_spec("triton") is not None
         if settings.compile == "on" or (settings.compile == "auto" and cuda):
             model.compile_blocks()  # before DeepSpeed wraps the model: the keys stay as they are
+        # The optimizer: one group for each learning rate of muP's table. One launch moves all
+        # weights of a group (fused).
         groups = model.param_groups(settings.lr, settings.weight_decay)
         fused = device.type in ("cpu", "cuda")
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
-        rf.keep_averages(self.adamw, EMA_WIDTHS)
+        rf.keep_averages(self.adamw, EMA_WIDTHS)  # before DeepSpeed takes the optimizer over
+        # torch's own scheduler: it multiplies the rate of each group. DeepSpeed's WarmupLR would
+        # set one rate for all, and muP would be lost.
         rate = partial(learning_rate, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
+        # DeepSpeed takes model and optimizer over: it casts the weights to bf16, makes fp32 shards
+        # of them, and puts those into the optimizer's groups.
         config = read_ds_config(settings, ranks.count)
         if record and record["world_size"] != ranks.count:
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
@@ -466,6 +561,7 @@ class Run:
             config=config,
             dist_init_required=False,
         )
+        # What the evaluations will ask, and the log, which rank 0 writes.
         self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
@@ -479,19 +575,26 @@ class Run:
         return batches
 
     def end_step(self, bar):
-        """Count, log, show. Raises FloatingPointError after too many steps that were skipped."""
+        """Count, log, show. Raises FloatingPointError after too many steps that were skipped.
+
+        DeepSpeed skips a step whose gradient is not finite: a rare overflow must not end a run of
+        weeks. Many in a row mean that the weights have diverged, and going on would be in vain.
+        """
         settings = self.settings
         self.step += 1
         self.seen += settings.batch_size
-        skipped = self.engine.optimizer.overflow  # DeepSpeed found the gradient not finite
+        skipped = self.engine.optimizer.overflow
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
         if self.copier is not None:
             self.copier.passed(self.seen)
+        # The rate of the step that has just been made. A skipped step does not move the schedule.
         lr = settings.lr * learning_rate(settings, self.schedule.last_epoch - (not skipped))
         loss, norm = self.log.losses[-1], self.engine.get_global_grad_norm()
         skips = self.engine.skipped_steps
         row = self.log.end_step(self.step, self.seen, norm, lr=lr, skipped=skips)
         if self.bad_in_row >= settings.max_bad_steps:
+            # The gradient is a sum over ranks, so all of them see NaN. Whose loss was it? One GPU
+            # that computes wrongly is found this way.
             finite = self.ranks.gather(bool(loss.isfinite()))
             bad = [str(rank) for rank, fine in enumerate(finite) if not fine]
             where = f"on rank {', '.join(bad)}" if bad else "in the gradient alone"
@@ -517,14 +620,18 @@ class Run:
         return self.seen // every > (self.seen - self.settings.batch_size) // every
 
     def evaluate(self, bar):
-        """The validation loss, the scores and the pictures of the averaged weights."""
+        """The validation loss, the scores and the pictures of the averaged weights.
+
+        Every rank computes a share; rank 0 writes. Held-out rows, captions and noise are always the
+        same, so two evaluations differ by the weights alone.
+        """
         if self.evals and self.evals[-1]["samples"] == self.seen:
             return
         settings, device = self.settings, self.engine.device
         with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
             by_time = validation(model, self.rows, settings, device, self.ranks)
             frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
-        finite = [loss for loss in by_time if not isnan(loss)]  # few rows may miss a time
+        finite = [loss for loss in by_time if not isnan(loss)]  # with few rows a time may be absent
         loss = sum(finite) / len(finite) if finite else nan
         row = {"samples": self.seen, "loss": loss}
         row |= {f"loss_t{i}/8": value for i, value in enumerate(by_time)} | scores
@@ -534,6 +641,7 @@ class Run:
             captions = [self.asked.captions[i] for i in self.asked.shown]
             append_row(out / "eval.csv", row)
             pictures.curves(self.log.rows, self.evals, out / "curves.png")
+            # A sheet of the pictures now, and one row of a few of them for each evaluation so far.
             if captions:
                 first = 2 * COLUMNS
                 pictures.captioned(frames[-1], captions, out / "samples.png", COLUMNS)
@@ -551,9 +659,10 @@ class Run:
 
         Raises OSError if this rank could not write: the checkpoints before it stand untouched.
         """
-        if self.saved_at == self.seen:
+        if self.saved_at == self.seen:  # saved already, for another reason
             return
         self.saved_at = self.seen
+        # facts: what a sampler needs to know. The rest is for a resume.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
         record = {
             "samples": self.seen,
@@ -573,6 +682,7 @@ class Run:
         self.requests.saved()
 
     def load(self, path: Path, record: dict):
+        """Put back weights, shards, schedule, counts and log from a checkpoint."""
         if record["world_size"] != self.ranks.count:
             to_universal(path, self.ranks)
         load_checkpoint(self.engine, self.adamw, path, record["world_size"] != self.ranks.count)
@@ -595,7 +705,7 @@ class Run:
 
 
 def gather_losses(losses: torch.Tensor) -> torch.Tensor:
-    """(k,) of each rank → (ranks, k)."""
+    """(k,) of each rank → (ranks, k), on the device: the log's only traffic, once an interval."""
     table = losses.new_empty(dist.get_world_size(), len(losses))
     dist.all_gather_into_tensor(table.view(-1), losses)
     return table
@@ -609,17 +719,28 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 #     mp_rank_*        DeepSpeed's copy of the weights
 #     run.json         settings, facts, position, log: what the trainer itself remembers
 # A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint re-cuts it.
+#
+# A resume restores the fp32 weights, AdamW's moments and its counts of steps, the averages, the
+# schedule, the number of samples seen, log and evaluations. Random generators, the order of the
+# data and the loader's place need not be restored: they follow from seed and position. On the same
+# number of ranks the rest of the run is equal to the bit; on another number sums run in another
+# order.
 
 PARTIAL, UNIVERSAL = "partial", "universal"  # folders beside the checkpoints; safe to delete
 
 
 def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks):
+    """Every rank writes its shard into partial/; rank 0 then renames the folder.
+
+    A rename is one operation of the file system. So a reader finds the whole checkpoint or none,
+    whenever the power fails. Older ones go only when the new one stands.
+    """
     partial, target = folder / PARTIAL, folder / f"{record['samples']:012d}"
     first = ranks.rank == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier(group=ranks.group)
+    dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
     try:
         engine.save_checkpoint(str(folder), tag=PARTIAL, save_latest=False)
         dist.barrier(group=ranks.group)  # the files of every rank are written
@@ -645,7 +766,10 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
 
 
 def read_record(path: Path) -> dict:
-    """What the trainer wrote with a checkpoint. ValueError if it is partial or not ours."""
+    """What the trainer wrote with a checkpoint. ValueError if it is partial or not ours.
+
+    A copy from another machine may be incomplete, although a checkpoint of ours never is.
+    """
     keys = ("world_size", "settings", "rows", "log", "evals", "samples", "step", "facts", "widths")
     try:
         record = json.loads((path / RUN_FILE).read_text())
@@ -665,9 +789,13 @@ def read_record(path: Path) -> dict:
 
 
 def to_universal(path: Path, ranks: Ranks):
-    """Re-cut a checkpoint for another number of ranks, as DeepSpeed's universal checkpoint."""
+    """Re-cut a checkpoint for another number of ranks, as DeepSpeed's universal checkpoint.
+
+    It holds one file for each parameter and state, from which any number of ranks can take its
+    shards. It is as large as the checkpoint, and is deleted when it has been loaded.
+    """
     target = path.parent / UNIVERSAL
-    failed = torch.zeros(1)
+    failed = torch.zeros(1)  # rank 0 tells the others, which would wait for ever
     if ranks.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
@@ -694,6 +822,8 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
     """Weights, moments, averages and schedule from a checkpoint, or its universal one."""
     where = path.parent / UNIVERSAL if universal else path.parent
     loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
+    # DeepSpeed warns and goes on when it finds nothing. Without its counts of updates an average
+    # would start anew from the next step.
     if loaded is None or any("updates" not in group for group in adamw.param_groups):
         raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
     for parameter, state in adamw.state.items():
@@ -705,6 +835,9 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
 
 
 def launch(typed: dict):
+    """Everything before and after the loop. Whatever can be refused is refused before a file is
+    written, and what was there is deleted last."""
+    # 1. The other ranks, and the run that is there: resume it, replace it, or refuse.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     present, record = checkpoints(out / "checkpoints"), None
     if present and typed.get("resume"):
@@ -715,18 +848,22 @@ def launch(typed: dict):
             " --overwrite, or choose another --out"
         )
     device, stage = local_device(), typed.get("stage")
-    if stage is not None:  # a folder of its own for each run
+    if stage is not None:  # each run has a folder of its own there
         stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
+    # 2. All settings, from what was typed, saved, and known of the data; and the rows.
     saved = record["settings"] if record else {}
+    # The default of --precision depends on the machine, but a resumed run keeps what it had.
     own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
     settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
     if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
+    # 3. Data that lies far away: chunks are copied ahead of their use.
     copier = None
     if stage is not None:  # held-out rows are read from there at once
         if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
             copier = Copier(rows, settings.stage_limit * 1e9)
         dist.barrier(group=ranks.group)
+    # 4. Network, optimizer, DeepSpeed; the checkpoint; the loop.
     try:
         run = Run(settings, rows, ranks, record)
         run.copier = copier
@@ -737,6 +874,7 @@ def launch(typed: dict):
     finally:
         if copier is not None:
             copier.close()
+    # 5. The averaged weights, for everyone else: plain safetensors.
     if ranks.rank == 0:
         model, _ = open_checkpoint(out)
         facts = run_facts(settings, rows, model.config, run.seen)
