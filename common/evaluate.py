@@ -3,6 +3,11 @@
 validation   velocity MSE of held-out rows at t = 0, 1/8, …, 7/8 (MLPerf flux1's metric)
 pictures     the same captions and noise each time
 scores       in the world of shapes: the share of pictures that obey, for each of the six tags
+
+The training loss is no measure of quality: it is mostly the noise that nobody can predict, and it
+falls by a few per cent while pictures go from blur to digits. So each evaluation asks fixed
+questions. The validation loss can be compared between evaluations and runs on the same rows; the
+scores say what the user sees.
 """
 
 from collections.abc import Callable
@@ -41,7 +46,8 @@ class Ranks(NamedTuple):
 def validation(model: rf.Model, rows: Rows, settings, device, ranks: Ranks) -> list[float]:
     """The mean loss at each of the eight times; NaN where no held-out row is asked.
 
-    settings: segments and shift are those of training. Every rank takes its share.
+    settings: segments and shift are those of training. Every rank takes its share of the batches;
+    sums and counts are added up at the end, so the result does not depend on the number of ranks.
     """
     sums, counts = torch.zeros(TIMES), torch.zeros(TIMES)
     how = {"segments": settings.segments, "shift": settings.shift}
@@ -72,7 +78,11 @@ class Asked(NamedTuple):
 
 
 def asked(rows: Rows, per_tag: int) -> Asked:
-    """Shapes: per_tag held-out captions of each tag. Words: ten of each. Else held-out captions."""
+    """Shapes: per_tag held-out captions of each tag. Words: ten of each. Else held-out captions.
+
+    Captions of prepared rows are not encoded again: their text is stored, and the encoder (a T5 of
+    gigabytes) need not be loaded.
+    """
     if rows.world is not None:
         meanings = prompts_by_tag(rows.world, per_tag)
         captions = [caption for _, caption in meanings]

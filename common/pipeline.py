@@ -65,8 +65,9 @@ def draw(
 ) -> Tensor:
     """noise (B, C, h, w) → pictures (B, C, H, W) uint8 on the CPU.
 
-    features: numbers of pictures → their text (b, T, E) on the device. how: of rf.sample.
-    batch: pictures at a time. trajectory: (steps + 1, B, C, H, W), the noise first.
+    The one loop that draws, for samplers and for evaluations during training. features: numbers of
+    pictures → their text (b, T, E) on the device. how: of rf.sample. batch: pictures at a time.
+    trajectory: (steps + 1, B, C, H, W), the noise first.
     """
     pictures, device = [], null_text.device
     parts = torch.arange(len(noise)).split(batch)
@@ -81,7 +82,11 @@ def draw(
 
 @dataclass(frozen=True)
 class Sampling(Options):
-    """What every program that draws with a run is told. None: the run's own value."""
+    """Options of every program that draws with a run. None: the run's own value (its facts).
+
+    A model is made for one size, shift and guidance. So a run stores them, and whoever samples
+    need not know how it was trained.
+    """
 
     run: str = option(None, "folder of a run, a checkpoint, or exported weights", positional=True)
     auraflow: bool = option(False, "RUN is AuraFlow's pipeline: a folder or hub name")
@@ -109,6 +114,8 @@ class Sampling(Options):
 
 @dataclass
 class Pipeline:
+    """Network, encoders and facts: captions and noise → pictures."""
+
     model: rf.Model
     text: object  # an encoder of encoders.py
     image: object
@@ -158,7 +165,10 @@ class Pipeline:
         return fixed_noise(seed, numbers, self.latent(size))
 
     def features(self, captions: list[str]) -> Tensor:
-        """(B, T, E) fp32 on the device, rounded as the rows of the run stored them."""
+        """(B, T, E) fp32 on the device, rounded as the rows of the run stored them.
+
+        A network that learned on features of 8 bits would see other numbers without that.
+        """
         text_format = self.facts.get("text_format")
         if text_format is None:
             return self.text.expand(self.text.prepare(captions), self.device)
@@ -203,7 +213,7 @@ class Pipeline:
 
 
 def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
-    """The facts of a run of either chapter."""
+    """The facts of a run of either chapter: what its weights need to be used."""
     keys = ("size", "text_encoder", "text_tokens", "vae", "cfg", "shift", "preset")
     facts = {key: getattr(settings, key) for key in keys}
     facts |= {"steps": settings.sample_steps, "residual": config.residual, "samples": samples}
@@ -251,6 +261,11 @@ def settle_run(
 # ------------------------------------------------------------------------------------------------
 # The averages of chapter 2's checkpoints, from ZeRO's shards
 # ------------------------------------------------------------------------------------------------
+
+
+# Each rank has written a shard: its part of the flat row of each group of parameters, and where
+# each parameter begins in it. To open a run no DeepSpeed is needed: the pieces of a parameter, in
+# the order of the ranks, are the parameter.
 
 
 class _Standin:
@@ -340,7 +355,11 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
 
 
 def between(kept: list[Path], widths: list[float], step: int, width: float) -> dict[str, Tensor]:
-    """An average that was never kept, from those of all checkpoints (EDM2, section 3.2)."""
+    """An average that was never kept, from those of all checkpoints (EDM2, section 3.2).
+
+    All averages are weighted sums of the same weights over time. So a sum of stored averages whose
+    weighting is nearest to the wanted one is nearly the wanted average.
+    """
     records = [json.loads((folder / RUN_FILE).read_text()) for folder in kept]
     snapshots = [(record["step"], w) for record in records for w in widths]
     shares = iter(rf.posthoc_coefficients(snapshots, step, width))

@@ -10,6 +10,9 @@ resumed run must agree. parse() returns only what was typed; settle() fills in t
     saved        what the run to resume was started with
     facts        what the rows have settled, say the size of their pictures: nothing contradicts it
     defaults     the preset's recipe, the run to start from, the rows' own habits; then the field's
+
+The first of these that knows a value gives it. A typed value that contradicts a fact or a saved
+value is an error and is never passed over.
 """
 
 import argparse
@@ -123,7 +126,10 @@ def parse(
 def settle(
     cls: type[Options], typed: dict, *, saved: dict, facts: dict, defaults: Sequence[dict]
 ) -> Options:
-    """All settings of a run. ValueError in one line if two sources contradict each other."""
+    """All settings of a run. ValueError in one line if two sources contradict each other.
+
+    A fact may differ from what was saved, too: then the data have changed under the run.
+    """
     values = {}
     for f in fields(cls):
         name = f.name

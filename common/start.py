@@ -47,7 +47,11 @@ def begin(device: torch.device):
 
 
 def write_whole(path: Path, content: bytes | memoryview):
-    """The file appears complete or not at all, also when the disk is full or the process dies."""
+    """The file appears complete or not at all, also when the disk is full or the process dies.
+
+    A rename replaces a name in one operation; fsync first, since a file system may otherwise write
+    the name before the content.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

@@ -8,6 +8,11 @@ Every text encoder makes features in two steps, because they happen in different
     stored = text.prepare(captions)     in the loader's workers: the cheap part
     text.expand(stored, device)         on the device: → (B, T, E) fp32
 
+Both kinds of encoder are frozen: the network learns to use their features, not to change them. A
+text encoder has read far more text than any set of captions holds. A VAE makes an image of
+512 x 512 x 3 values one of 64 x 64 x 4: fine texture goes, which the network would otherwise spend
+most of its weights on (latent diffusion, 2112.10752).
+
 Shapes: B batch, T text tokens, E features, (3, H, W) an image, (C, h, w) what the network sees.
 """
 
@@ -93,7 +98,10 @@ class TextFormat(NamedTuple):
 
 
 class Words:
-    """One word out of a few, one-hot: all that digits need. The last class is the empty caption."""
+    """One word out of a few, one-hot: all that digits need. The last class is the empty caption.
+
+    A class is a caption of one token, so chapter 1 trains the same network as chapter 2.
+    """
 
     name, in_workers, tokens = "words", True, 1
 
@@ -238,7 +246,10 @@ def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu", wor
 
 
 class Pixels:
-    """The image itself in [−1, 1]. channels: 3, or 1 for grey images."""
+    """The image itself in [−1, 1], so that data and noise have about the same variance.
+
+    channels: 3, or 1 for grey images.
+    """
 
     name, kind, factor, random = "pixels", "pixels", 1, False
 

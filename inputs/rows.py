@@ -11,9 +11,15 @@ A run reads an endless row of samples, numbered by their position. Which row sta
 caption, its noise, its time and whether its caption is dropped are functions of (seed, position)
 alone. So a run is the same on one rank and on a hundred, before and after a resume.
 
+    position → step → stream and its batch → n → row number → chunk → what is stored
+
     source    one name of --data: facts that nothing may contradict, held-out rows, its streams
-    stream    the rows of one source that have one size: (n, position) → what is stored
-    Rows      all streams, interleaved by step: every step reads one stream, so one size
+    stream    the rows of one source that have one size: all pictures of a step must have one shape
+    order     n → row number: each row of the stream once an epoch, in an order that a seed decides
+    Rows      all streams, interleaved by step
+
+Start reading at Rows.at() and Rows.encode(): what stands at a position, and what becomes of it on
+the device. A new kind of rows is a subclass of Source, of which DrawnShapes is the shortest.
 
 Shapes: B batch, T text tokens, E text features, K + 1 points of a path, (C, h, w) what the network
 sees of an image.
@@ -91,7 +97,10 @@ class DataOptions(Options):
 
 
 def keep(cache: dict, key, make, most: int = 8):
-    """cache[key], made if it is not there; the oldest of more than `most` go."""
+    """cache[key], made if it is not there; only the newest `most` stay.
+
+    Not functools.lru_cache: objects that hold one cannot be pickled for the loader's workers.
+    """
     if key not in cache:
         cache[key] = make()
         for old in list(cache)[:-most]:
@@ -100,7 +109,7 @@ def keep(cache: dict, key, make, most: int = 8):
 
 
 class Order:
-    """All rows of a source in a new permutation each epoch."""
+    """All rows of a source in a new permutation each epoch: each must be cheap to read."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed, self.epochs = rows, seed, {}
@@ -134,8 +143,10 @@ class Range(NamedTuple):
 class WindowOrder:
     """The training rows of one size of a prepared folder, chunk after chunk.
 
-    An epoch is a seeded permutation of the folder's chunks, the same for all sizes, cut into
-    windows of `window` ranges, whose rows are permuted together.
+    A permutation of all rows would read another chunk for each row, and all chunks would have to
+    lie on the local disk. So an epoch is a seeded permutation of the chunks, cut into windows of
+    `window` ranges, and rows are permuted inside a window only. The permutation of chunks is the
+    same for all sizes, so their streams need the same chunks at about the same time.
     ranges: row number of a range's first row, and the range.
     """
 
@@ -173,7 +184,10 @@ class WindowOrder:
         return np.array(rows)
 
     def uses(self, n: int) -> Iterator[tuple[int, int, set[int]]]:
-        """(first n, last n + 1, chunks) of every window, from the one that holds n on, endless."""
+        """(first n, last n + 1, chunks) of every window, from the one that holds n on, endless.
+
+        The copier reads ahead in it: the whole future of a run is known.
+        """
         epoch, place = divmod(n, self.rows)
         while True:
             windows, starts = self.epoch(epoch)
@@ -198,7 +212,10 @@ class Stream(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Held-out rows of one size: finite, in order, always with their first caption."""
+    """Held-out rows of one size: finite, in order, always with their first caption.
+
+    They are numbered across all sizes of a source, so each has a noise of its own.
+    """
 
     source: "Source"
     rows: np.ndarray  # row numbers
@@ -230,7 +247,12 @@ class Held(NamedTuple):
 
 
 class Source:
-    """One name of --data. begin() sets streams and held, lists of the above."""
+    """One name of --data. begin() sets streams and held, lists of the above.
+
+    A source is opened before the settings are known, because it knows some of them (facts): the
+    size of its pictures, the encoders that made its features. begin() follows when they are
+    settled.
+    """
 
     name = id = ""  # id tells one set of rows from another
     facts: ClassVar[dict] = {}  # settings that are settled
@@ -247,8 +269,11 @@ class Source:
         raise NotImplementedError
 
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
-        """What is stored of these rows. Of several captions their positions in the run choose one;
-        None: the first."""
+        """What is stored of these rows: pixels, latents or states, and their text.
+
+        positions: of the samples in the run. Where a row has several captions they choose one, so
+        that a row shows another caption in another epoch. None: the first caption.
+        """
         raise NotImplementedError
 
     def captions(self, rows: np.ndarray) -> list[str]:
@@ -263,7 +288,8 @@ class Source:
         self.held = [Held(self, held, 0, bucket, seed)]
 
     def prepare(self, captions: list[str]) -> Text:
-        """In a worker a heavy encoder is absent: then captions travel as they are."""
+        """Captions → what travels to the device. In a worker a heavy text encoder is absent: then
+        the captions themselves travel, and the trainer encodes them."""
         return captions if self.text is None else self.text.prepare(captions)
 
     def __getstate__(self) -> dict:
@@ -273,8 +299,11 @@ class Source:
 
 
 class Digits(Source):
-    """A data set of digits.py, as bytes on the device. CIFAR's pictures are there twice, the second
-    time mirrored; digits and glyphs would become other signs."""
+    """A data set of digits.py, as bytes on the device.
+
+    60,000 digits are 47 MB, so a step needs no loader and no copy: it indexes. An epoch of CIFAR
+    shows each picture twice, the second time mirrored. A mirrored digit would be another sign.
+    """
 
     def __init__(self, name: str, data_dir: Path, seed: int):
         training, held = digits.load_images(name, data_dir, seed=seed)
@@ -308,7 +337,10 @@ class Digits(Source):
 
 
 class DrawnShapes(Source):
-    """The world of shapes.py, drawn when asked for. Row i ≥ 0 is of training, −1 − i held out."""
+    """The world of shapes.py, drawn when asked for. Row i ≥ 0 is of training, −1 − i held out.
+
+    Nothing is stored: a picture is a function of (seed, row).
+    """
 
     name = "shapes"
 
@@ -341,7 +373,7 @@ class DrawnShapes(Source):
 
 
 def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
-    """A folder's manifest.json or pairs.json, checked, and eight digits that identify it."""
+    """A folder's manifest.json or pairs.json, checked, and its checksum: the id of these rows."""
     import fsspec
 
     try:
@@ -365,7 +397,10 @@ def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
 class PreparedFolder(Source):
     """A folder of tools.prepare, or its URL (hf://, s3://, https:// …, then with a stage).
 
-    The rows are numbered as the manifest lists them.
+    Encoding an image costs more than a training step of a small network, so it is done once, and
+    chunks hold what the network reads. They are Arrow files, mapped into memory: the operating
+    system reads only the rows that are asked for, and all workers share them. Rows are numbered as
+    the manifest lists them. Pictures of one shape form a bucket; each bucket is a stream.
     """
 
     KEYS = ("text_format", "null_text", "image", "captions", "ranges", "chunks", "noise_seed")
@@ -457,7 +492,8 @@ class PreparedFolder(Source):
         return self.table(self.ranges[k].chunk)[column][self.ranges[k].first + row - self.firsts[k]]
 
     def picture(self, row: int) -> Tensor:
-        """What is stored of an image: uint8 (3, H, W), or fp16 (2 or 1, C, h, w)."""
+        """What is stored of an image: uint8 (3, H, W), or fp16 (2, C, h, w), the mean and the
+        log-variance of its latent, or (1, C, h, w), a latent alone."""
         r = self.ranges[int(np.searchsorted(self.firsts, row, side="right")) - 1]
         pixels, latent = (3, r.height, r.width), self.sides(r.height, r.width)
         stored, dtype = (-1, self.stored["channels"], *latent), np.float16
@@ -467,7 +503,8 @@ class PreparedFolder(Source):
         return torch.from_numpy(values.reshape(stored).copy())
 
     def features(self, row: int, u: float):
-        """The packed text of one of the captions that are not empty; u in [0, 1) picks it."""
+        """The packed text of one of the captions that are not empty; u in [0, 1) picks it by the
+        captions' weights. Mixing long and short captions keeps a model good at both."""
         captions, blobs = self.cell(row, "captions").as_py(), self.cell(row, "text").values
         present = [i for i, caption in enumerate(captions) if caption]
         if not present:
@@ -497,9 +534,10 @@ class PreparedFolder(Source):
 
 
 class PairsFolder(Source):
-    """A folder of tools.pairs: states of paths from noise to data, made by a model.
+    """A folder of tools.pairs: states of paths from noise to data, made by a model, for reflow.
 
-    Guidance is in the pairs already, so no caption is dropped. The last rows are held out.
+    The pairs were made with guidance. A flow that learns them needs none, so no caption is dropped
+    and cfg is 1. The last rows are held out.
     """
 
     KEYS = ("facts", "settings", "number", "chunk", "segments", "shape")
@@ -578,6 +616,7 @@ class Batch(NamedTuple):
 
 
 def open_source(name: str, data_dir: Path, seed: int, stage: Path | None) -> Source:
+    """What a name of --data means. ValueError if nothing is known by that name."""
     if name == "shapes":
         return DrawnShapes()
     if name in digits.SOURCES:
@@ -617,14 +656,15 @@ def open_rows(
 class Rows:
     """The streams of all sources, interleaved by step.
 
-    A stream takes a share of all steps, by its rows and its source's weight. One lap of about LAP
-    steps is planned: batch j of a stream that has n in a lap stands at (j + ½) / n of it, and the
-    steps are the batches of all streams in that order. Every lap is the same plan with the next
-    batches. So every stream keeps its share at any moment, each row comes once in its stream's
-    epoch, and which stream a step reads depends on the step alone, not on ranks.
+    Every rank must know without asking which stream a step reads, and a resume at step k must not
+    replay k steps. So the turns are planned: a stream takes a share of all steps, by its rows and
+    its source's weight. One lap has about LAP steps; batch j of a stream that has n in a lap stands
+    at (j + ½) / n of it, and the steps are the batches of all streams in that order. Every lap is
+    the same plan with the next batches. So every stream keeps its share at any moment, and each row
+    comes once in its stream's epoch.
     """
 
-    LAP = 2**16
+    LAP = 2**16  # shares are met to 1/65536
 
     def __init__(self, sources: list[Source], weights: Sequence[float] = ()):
         self.sources, self.weights = sources, list(weights) or [1.0] * len(sources)
@@ -713,7 +753,7 @@ class Rows:
     def at(self, positions: Sequence[int]) -> tuple[Tensor, Text]:
         """What stands at these positions, all of one step: as it is stored, and its text."""
         step, B = positions[0] // self.batch_size, self.batch_size
-        s, j = self.turn(step)
+        s, j = self.turn(step)  # this step is batch j of stream s
         source, order, _ = self.streams[s]
         return source.read(order([(j - step) * B + p for p in positions]), positions)
 
@@ -721,6 +761,7 @@ class Rows:
         """Samples, each from (seed, position) alone. held: held-out rows, by their numbers.
 
         A sample draws, in this order: whether its caption is dropped, its noise, its VAE's noise.
+        Each sample has a generator of its own, so it does not matter in which batch it lies.
         """
         generators = rf.generators(seed, "sample", positions)
         dropout = 0.0 if held else self.dropout
@@ -741,7 +782,11 @@ class Rows:
         return self.latent_channels, *(side // self.factor for side in stored.shape[2:])
 
     def encode(self, batch: Batch, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """→ states (B, K + 1, C, h, w), text (B, T, E), u (B,), noise (B, C, h, w): fp32, there."""
+        """→ states (B, K + 1, C, h, w), text (B, T, E), u (B,), noise (B, C, h, w).
+
+        All fp32 and on the device. What travels there is small: bytes or fp16, and text without
+        padding. It is widened, scaled and padded where that costs nothing.
+        """
         stored, dropped, u, noise, vae_noise = (
             x if x is None else x.to(device, non_blocking=True)
             for x in (batch.stored, batch.dropped, batch.u, batch.noise, batch.vae_noise)
@@ -817,9 +862,11 @@ class Use(NamedTuple):
 
 class Copier(threading.Thread):
     """Copies chunks into the stage in the order of their use, never more than `limit` bytes, and
-    drops them when the run has passed them. One on each node; ranks only wait for files.
+    deletes them when the run has passed them. So data may be larger than the local disk.
 
-    Chunks with held-out rows come first and stay. What an earlier run left in the folder goes.
+    One copier on each node, in a thread of its first rank. The file system carries all messages:
+    ranks and workers only wait for files to appear. Chunks with held-out rows come first and stay.
+    What an earlier run left in the folder goes.
     Raises ValueError if the limit is less than what is in use at one time.
     """
 
@@ -871,6 +918,7 @@ class Copier(threading.Thread):
         self._tell("the run has ended")
 
     def _tell(self, reason: str):
+        """Readers look for this file while they wait."""
         with suppress(OSError):
             write_whole(self.stage / FAILED, reason.encode())
         with suppress(OSError):  # on a full disk, say: an empty file is heard too

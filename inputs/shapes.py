@@ -84,7 +84,11 @@ class Group(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """One or two groups, and where the first lies as seen from the second."""
+    """One or two groups, and where the first lies as seen from the second.
+
+    Caption and picture are both made from it, so each picture obeys its caption exactly, and what
+    the caption leaves open (colours, sizes, places) is drawn at random.
+    """
 
     tag: str
     groups: tuple[Group, ...]
@@ -148,7 +152,12 @@ def write_caption(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def held_out(meaning: Meaning, caption: str) -> bool:
-    """Whether training never sees it: its colour x shape pair, its relation, or its wording."""
+    """Whether training never sees it: its colour x shape pair, its relation, or its wording.
+
+    A model that was trained on red squares and blue circles and can draw a blue square has learned
+    colour and shape as two things. A score on captions from training could not tell that from
+    memory.
+    """
     if any(held_out_pair(g.shape, g.color) for g in meaning.groups):
         return True
     if meaning.relation is not None:
@@ -252,6 +261,7 @@ def relation_holds(meaning: Meaning, places: np.ndarray, clear: float = 1.0) -> 
 def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance to the outline of a shape of radius 1 at the origin, negative inside.
 
+    A distance gives smooth edges at any size: see coverage.
     Raises ValueError for a shape without a drawing.
     """
     r = np.hypot(x, y)

@@ -3,7 +3,8 @@
     python -m tools.dedup SOURCE --out dups.parquet
     python -m tools.prepare SOURCE --out data/my --with dups.parquet
 
-What lies in the data many times is learned by heart: LavenderFlow's data was cleaned this way.
+An image that lies in the data many times is learned by heart, and the model then draws it for
+captions that merely resemble its own. LavenderFlow's data was cleaned this way.
 The columns of the file: row, drop, repeats (the earlier row that stays), cosine.
 """
 

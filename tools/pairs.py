@@ -33,7 +33,11 @@ WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
 
 
 def captions_of(pipeline: Pipeline, lines: list[str], n: int, seed: int) -> list[str]:
-    """n captions by a seed: lines of the file, words of the model, or of its world of shapes."""
+    """n captions by a seed: lines of the file, words of the model, or of its world of shapes.
+
+    A second flow learns the first one only for captions that it is shown, so they should be like
+    those of the first training.
+    """
     rng, facts = np.random.default_rng(seed), pipeline.facts
     known = lines or facts["words"]
     if known:
@@ -52,7 +56,7 @@ def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch
     noise = torch.randn(
         rows, *about["shape"], generator=rf.generators(settings["seed"], NOISE, [i])[0]
     )
-    noise = noise.half()  # as it will be read
+    noise = noise.half()  # rounded before the path is computed: it will be read like this
     captions = captions_of(pipeline, lines, rows, rf.mix_seed(settings["seed"], WORDS, i))
     how = {key: settings[key] for key in ("steps", "solver", "cfg", "shift")}
     null_text, states = pipeline.features([""]), []

@@ -64,7 +64,10 @@ class Settings(Options):
 
 
 def activations(model: MMDiT, batch: int, side: int, tokens: int) -> int:
-    """Bytes that autograd keeps between forward and backward, without the weights."""
+    """Bytes that autograd keeps between forward and backward, without the weights.
+
+    Tensors that share memory are counted once. On fake tensors this takes no memory at all.
+    """
     kept = {}  # storages by their number; held, so that no other takes it
 
     def keep(x):

@@ -17,9 +17,14 @@ Chunk i is a function of (source, options, i), and its files appear whole or not
 process can make any chunk, and after a kill only the missing ones are made: with --part 0/8 … 7/8
 eight processes share the work, on one machine or on several that see the same disk.
 
-Captions are never dropped here, since a dropped caption would stay dropped in every epoch: the
-trainer does that. The VAE's mean and log-variance are stored, not a sample of them, for the same
-reason. A process holds about four times the bytes of a chunk in memory.
+Why at all: a VAE and a T5 cost more time per image than a training step of a small network, and
+they give the same result in every epoch. Encoded once, a run reads rows at the speed of its disk.
+
+What is random in training must not be settled here. A caption dropped here would stay dropped in
+every epoch, so the trainer drops captions. The VAE's mean and log-variance are stored, not a sample
+of them, for the same reason. A process holds about four times the bytes of a chunk in memory.
+
+Start reading at main(), then make_chunks().
 """
 
 import base64
@@ -86,7 +91,10 @@ INSIDE = ("metadata.jsonl", "metadata.csv", "**/*.parquet", "**/*.tar")  # a fol
 
 
 class Source(NamedTuple):
-    """A row is a dict of columns. A stream (IterableDataset) has no length; it is read in order."""
+    """Where rows come from, whatever it is; `table` gives them by number.
+
+    A row is a dict of columns. A stream (IterableDataset) has no length; it is read in order.
+    """
 
     table: object  # list[dict], Dataset or IterableDataset
     columns: list[str]
@@ -185,7 +193,7 @@ def pictures(source: Source, args):
 
 
 def write_table(path: Path, columns: dict[str, list]):
-    """A file for --with: "row" and further columns."""
+    """A file for --with: "row", the number in SOURCE, and further columns to join by it."""
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(pa.table(columns), sink)
     write_whole(path, sink.getvalue())
@@ -199,8 +207,10 @@ def write_table(path: Path, columns: dict[str, list]):
 def make_buckets(size: int, unit: int, max_aspect: float) -> list[tuple[int, int]]:
     """(height, width) of about size² pixels, multiples of `unit`, long ≤ max_aspect · short.
 
-    Equal areas cost the network the same. unit is patch x VAE factor: so each side is a whole
-    number of patches. The buckets come in both orientations, sorted.
+    Training on squares alone cuts heads off portraits, and the model learns to draw them so. A few
+    shapes of equal area keep most of each picture and cost the network the same (NovelAI's aspect
+    ratio bucketing). unit is patch x VAE factor, so each side is a whole number of patches. The
+    buckets come in both orientations, sorted.
     """
     found = set()
     for short in range(unit, size + 1, unit):
@@ -243,7 +253,11 @@ def fit(image: Image.Image, buckets: list[tuple[int, int]], max_upscale: float) 
 
 
 def caption(row: dict, column: str, args, label) -> str | None:
-    """What a caption column says; None if it is missing or empty. label: the type of --label."""
+    """What a caption column says; None if it is missing or empty. label: the type of --label.
+
+    A label becomes a sentence (--label-template): text encoders have read sentences, not class
+    names.
+    """
     value = row.get(column)
     if value is None:  # row["json"]["caption"] for the column "json.caption"
         value = reduce(lambda inner, key: (inner or {}).get(key), column.split("."), row)
@@ -285,7 +299,12 @@ COLUMNS = pa.schema(
 
 
 def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form) -> list[Path]:
-    """This part's chunks that are missing, or whose bad rows were repaired. → all .json files."""
+    """This part's chunks that are missing, or whose bad rows were repaired. → all .json files.
+
+    Threads read and decode (`read`), the device encodes whole batches of one size (`encode`), and a
+    finished chunk is written at once: a kill loses one chunk's work and nothing that was written.
+    A bad row must not end a work of days, and many bad rows mean a mistake: hence --bad-limit.
+    """
     label = getattr(source.table, "features", {}).get(args.label)
     kind, factor = ("latents", vae.factor) if args.latent else (vae.kind, 1)
 
@@ -395,7 +414,9 @@ def bad_rows(entry: dict) -> list[dict]:
 def write_chunk(file: Path, rows: list[dict], left_out: list[dict]) -> dict:
     """The .arrow of one record batch, then the .json: so a chunk is whole if its .json is there.
 
-    rows: the columns, and "where", (split, height, width); the list is emptied. → the .json.
+    Rows are sorted by split and bucket, so each bucket is one range of the chunk and the manifest
+    stays small. rows: the columns, and "where", (split, height, width); the list is emptied to free
+    memory. → the .json.
     """
     rows.sort(key=lambda row: row["where"])
     counts, ranges, first = Counter(row["where"] for row in rows), [], 0
@@ -505,7 +526,10 @@ def caption_columns(args, columns: list[str]) -> dict[str, float]:
 
 
 def same_settings(args: Settings, source: Source) -> dict:
-    """Every part and attempt must have the same options; the first one writes them down."""
+    """Every part and attempt must have the same options; the first one writes them down.
+
+    Chunks made with different options would train without an error and never as meant.
+    """
     now = {key: value for key, value in args.saved().items() if key not in MAY_DIFFER}
     now["with_"] = [str(file) for file in args.with_]
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
@@ -524,6 +548,7 @@ def same_settings(args: Settings, source: Source) -> dict:
 
 @program("tools.prepare")
 def main(argv: list[str] | None = None):
+    """Check all options against the source first: a mistake must not show after hours."""
     args = Settings(**parse(Settings, argv, __doc__))
     device = choose_device(args.device)
     begin(device)

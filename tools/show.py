@@ -2,6 +2,9 @@
 
 python -m tools.show data/my
 python -m tools.show shapes --out shapes.png
+
+Look before training: most failed runs have wrong data, and a sheet of pictures with their captions
+shows it in a second. The pictures come through the same code that feeds the network.
 """
 
 import argparse
