@@ -7,31 +7,35 @@ Look before training: most failed runs have wrong data, and a sheet of pictures 
 shows it in a second. The pictures come through the same code that feeds the network.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import train_t2i
 from common import pictures
 from common.pipeline import settle_run
+from common.settings import Options, option, parse
 from common.start import choose_device, program
-from train_t2i import RECIPES, Settings
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    data: str = option(None, "what a trainer's --data takes", positional=True)
+    data_dir: Path = option(Path("data"), "where mnist and cifar10 lie")
+    rows: int = option(24, "pictures on the sheet", least=1)
+    device: str = option("auto", "auto, cpu, mps or cuda")
+    out: Path = option(Path("show.png"), "the sheet")
 
 
 @program("tools.show")
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", help="what a trainer's --data takes")
-    parser.add_argument("--data-dir", default="data", help="of mnist and cifar10 (default: data)")
-    parser.add_argument("--rows", type=int, default=24, help="pictures on the sheet (default: 24)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
-    parser.add_argument("--out", type=Path, default="show.png", help="the sheet (show.png)")
-    args = parser.parse_args(argv)
+    args = Settings(**parse(Settings, argv, __doc__))
     device = choose_device(args.device)
     typed = {"data": [args.data], "data_dir": args.data_dir, "batch_size": args.rows}
-    settings, rows = settle_run(Settings, typed, {}, device, lambda preset: RECIPES["tiny"])
+    settings, rows = settle_run(
+        train_t2i.Settings, typed, {}, device, lambda _: train_t2i.recipe_of("tiny")
+    )
     for fact in ("size", "text_encoder", "text_tokens", "vae"):
         print(f"{fact:14} {getattr(settings, fact)}")
     print(f"points of path {rows.K + 1}")
