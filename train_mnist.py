@@ -42,7 +42,9 @@ from common.start import NOTHING, STOP, Signals, begin, choose_device, program, 
 from inputs.rows import Batch, DataOptions, Rows
 from mmdit import PRESETS, RESIDUALS, MMDiT, fitted
 
-FILES = (  # what a run leaves in its folder
+# What a run leaves in its folder: the files that make it a run, and the only ones that --overwrite
+# deletes.
+FILES = (
     "checkpoint.pt",
     "log.csv",
     "eval.csv",
@@ -199,7 +201,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 def annealing(settings: Settings, step: int) -> float:
     """Share of fresh noise in pairs (rf.line): from 1 to 0 over the first `anneal` of the run."""
-    steps = round(settings.anneal * settings.steps)
+    steps = round(settings.anneal * settings.steps)  # 0: pairs from the first step on
     return 1 - step / steps if step < steps else 0.0
 
 
@@ -215,9 +217,11 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
     if a loss or gradient was not finite; weights after such a step are never saved.
     """
     device = model.positions.device
+    # Images count, not steps: so the speed can be compared between batch sizes.
     generator, B = torch.Generator(device), settings.batch_size
     h, w = max(rows.sides())
-    flops, peak = model.flops_per_image(h, w, rows.text.tokens), device_peak(device)  # for the MFU
+    # For the bar: FLOPs of an image, and the peak of the device, whose ratio gives the MFU.
+    flops, peak = model.flops_per_image(h, w, rows.text.tokens), device_peak(device)
     bar = progress_bar(settings.steps * B, step * B)  # counts images; the resumed ones are no speed
     with bar, Signals() as signals:
         request = NOTHING
@@ -329,7 +333,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     rf.exchange_averages(adamw, rf.average_name(settings.ema))
     samples, device = step * settings.batch_size, model.positions.device
     facts = run_facts(settings, rows, model.config, samples)
-    Pipeline(model, rows.text, rows.image, facts).save(out)
+    Pipeline(model, rows.text, rows.image, facts).save(out)  # for sample_t2i.py and Pipeline.open
     losses = validation(model, rows, settings, device, Ranks())  # at t = 0, 1/8, …, 7/8
     wanted = asked(rows, per_tag=ROWS)
     # The same captions and the same noise in every run with this seed, so that runs can be
@@ -340,6 +344,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     write_rows(out / "eval.csv", [])  # a resumed run that ends again replaces its row
     append_row(out / "eval.csv", row)
     captions, columns = [wanted.captions[i] for i in wanted.shown], COLUMNS
+    # Digits: a column for each class. Captioned rows: a sheet with a caption above each picture.
     if rows.words:
         columns = min(10, len(rows.words))
         pictures.classes(frames[-1], captions[:columns], out / "samples.png")

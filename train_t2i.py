@@ -18,6 +18,15 @@ new stands around it.
     4 step, loop    train_step, train, and Run, which holds all that changes
     5 save, resume  checkpoints of many ranks, whole or not there at all
 
+One sample on its way:
+
+    position --Rows.draw--> what is stored, caption, u, noise      in a worker process
+             --Rows.encode--> states, text, u, noise               on the device
+             --rf.line--> data, noise, t                           the ends of a line, and a time on
+             it
+             --rf.rf_loss--> loss                                  through DeepSpeed's engine
+             --backward, step--> shards                            gradients, AdamW, averages
+
 Words. A rank is one process with one GPU. A step moves the weights once; it may take several passes
 (micro-batches) of each rank, whose gradients add up. A sample is one image with its caption.
 Lengths and intervals are counted in samples, so they mean the same at any batch size and number of
@@ -89,6 +98,7 @@ RECIPE = (
     "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
 )  # fmt: skip
 RECIPES = {
+    # size, shapes, colours, places: of the world. Lengths in samples. The last: samples in a pass.
     "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000, 256),
@@ -102,6 +112,7 @@ RECIPES = {name: dict(zip(RECIPE, row, strict=True)) for name, row in RECIPES.it
 
 
 def recipe_of(preset: str | None) -> dict:
+    """Defaults of a preset; --help shows them beside each option."""
     return RECIPES.get(preset or Settings.preset, {})
 
 
@@ -114,6 +125,7 @@ class Settings(DataOptions):
     """
 
     DATA = "shapes"  # the data if --data is not given
+    # Workers prepare batches ahead. On a CPU they would compete with the training for its cores.
     workers: int | None = option(None, "loader processes a rank (0 on a CPU, else 4)", local=True)
     # Data larger than the local disk: chunks are copied ahead of their use and deleted after it.
     stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
@@ -134,6 +146,7 @@ class Settings(DataOptions):
     # large forms, more time near the noise, where the network decides what stands where.
     samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
     batch_size: int = option(64, "samples a step, of all ranks together", least=1, fixed=True)
+    # A larger pass uses a GPU better until its memory is full; the steps stay the same.
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
     most_at_once: int = option(64, "without it the largest that fits, up to this", least=1)
     lr: float = option(4e-3, "learning rate at the base width; holds over width", fixed=True)
@@ -162,6 +175,7 @@ class Settings(DataOptions):
     out: Path = option(Path("runs/shapes"), "folder for all of it", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
+    # A checkpoint of AuraFlow's size holds 164 GB (24 bytes a parameter): save by time, keep few.
     save_every_samples: int = option(83_200, "between checkpoints", least=1)
     save_minutes: float | None = option(None, "also save when so many have passed", above=0)
     keep: int = option(3, "checkpoints kept", least=1)
@@ -182,8 +196,8 @@ class Settings(DataOptions):
 def learning_rate(settings: Settings, step: int) -> float:
     """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0.
 
-    A constant rate with a late line down, and not a cosine over the whole run: then the run can be
-    made longer, or cooled down from any checkpoint, without a plan made at its start.
+    A constant rate with a late line down, and not a cosine over the whole run: a large run can then
+    be looked at before it is decided how long it shall be. (The line of tiny spans its whole run.)
     """
     steps = -(-settings.samples // settings.batch_size)
     warmup = max(1, settings.warmup_samples / settings.batch_size)
@@ -208,7 +222,11 @@ def annealing(settings: Settings, seen: int) -> float:
 
 
 class Samples(Dataset):
-    """Positions of the row of samples → a Batch, from (seed, position) alone."""
+    """Positions of the row of samples → a Batch, from (seed, position) alone.
+
+    __getitems__ and not __getitem__: torch's loader then asks for a whole micro-batch at once, and
+    rows of one chunk are read together.
+    """
 
     def __init__(self, rows: Rows, seed: int):
         self.rows, self.seed = rows, seed
@@ -253,7 +271,7 @@ def loader(
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_trainer,
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0,  # one iterator for the whole run
         )
     )
 
@@ -288,10 +306,19 @@ def _leave_signals_to_the_trainer(worker: int):
 #     group     parameters that share a learning rate and decay, laid end to end in one flat row
 #     shard     this rank's 1/N of that row, fp32: what AdamW steps on
 #
-# One step: every rank computes gradients of its samples; each shard's owner receives their mean;
-# AdamW moves the shard, its moments and its averages (rf.keep_averages hooks into AdamW, so they
-# are split too); every rank gathers the new weights. The traffic is that of plain data parallelism.
-# tools/plan.py counts memory and traffic for any number of GPUs.
+# One step on two ranks:
+#
+#              rank 0                               rank 1
+#     weights  all, bf16                            all, bf16
+#     samples  0 … 31                               32 … 63
+#     backward gradients of all weights             gradients of all weights
+#              └─── reduce: the owner of each shard receives the mean of its gradients ───┘
+#     AdamW    moves the first half                 moves the second half
+#              └─── gather: every rank receives all new weights, as bf16 ───┘
+#
+# The averages are split with the moments, because rf.keep_averages makes them states of AdamW. The
+# traffic is that of plain data parallelism. tools/plan.py counts memory and traffic for any number
+# of GPUs.
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -305,7 +332,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
         raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            raise ValueError("several Slurm tasks without RANK: see the README's srun line")
+            raise ValueError("several Slurm tasks without RANK: see the srun line in docs/gpu.md")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -418,7 +445,7 @@ class Requests:
         before, self.in_flight = self.in_flight, (work, flag)
         if before is None:
             return NOTHING
-        before[0].wait()
+        before[0].wait()  # sent a whole step ago: it is there
         return int(before[1])
 
     def saved(self):
@@ -484,7 +511,8 @@ def train(run: "Run"):
     """The loop: every rank runs it, and all take the same turns.
 
     An evaluation or a save is work of all ranks together, so no rank may decide on it alone: seen
-    is the same everywhere, and requests are exchanged.
+    is the same everywhere, and requests are exchanged. A stop saves but does not evaluate, because
+    clusters kill a job a short time after they have asked it to stop.
     """
     settings = run.settings
     batches, bar = run.batches(), progress_bar(settings.samples, run.seen, run.ranks.rank == 0)
@@ -499,9 +527,9 @@ def train(run: "Run"):
                 run.evaluate(bar)
             if run.passed("save_every_samples") or request == SAVE:
                 run.save()
-                bar.unpause()  # the pause is not the training's
+                bar.unpause()  # the speed leaves the save out
         run.log.flush()
-        if not run.stopped:  # a signal leaves no time for more than a checkpoint
+        if not run.stopped:
             run.evaluate(bar)
         run.save()
 
@@ -536,6 +564,7 @@ class Run:
         self.flops = sum(
             share * model.flops_per_image(h, w, tokens) for (h, w), share in sides.items()
         )
+        # Compiled blocks on GPUs: each is one graph, of which Triton makes a few large kernels.
         cuda = device.type == "cuda" and find_spec("triton") is not None
         if settings.compile == "on" or (settings.compile == "auto" and cuda):
             model.compile_blocks()  # before DeepSpeed wraps the model: the keys stay as they are
@@ -567,6 +596,7 @@ class Run:
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
 
     def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches from here on. Called once, after a checkpoint is loaded."""
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         pinned = self.engine.device.type == "cuda"
         batches = loader(self.rows, self.settings, self.seen, micro_batch, self.ranks, pinned)
@@ -582,7 +612,7 @@ class Run:
         """
         settings = self.settings
         self.step += 1
-        self.seen += settings.batch_size
+        self.seen += settings.batch_size  # of all ranks together
         skipped = self.engine.optimizer.overflow
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
         if self.copier is not None:
@@ -616,6 +646,7 @@ class Run:
 
     def passed(self, interval: str) -> bool:
         """Whether the last step crossed a multiple of this interval."""
+        # Not `seen % every == 0`: an interval need not be a multiple of the batch.
         every = getattr(self.settings, interval)
         return self.seen // every > (self.seen - self.settings.batch_size) // every
 
@@ -628,6 +659,7 @@ class Run:
         if self.evals and self.evals[-1]["samples"] == self.seen:
             return
         settings, device = self.settings, self.engine.device
+        # The narrower average: of a run that still learns the wider one lies too far behind.
         with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
             by_time = validation(model, self.rows, settings, device, self.ranks)
             frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
@@ -635,7 +667,7 @@ class Run:
         loss = sum(finite) / len(finite) if finite else nan
         row = {"samples": self.seen, "loss": loss}
         row |= {f"loss_t{i}/8": value for i, value in enumerate(by_time)} | scores
-        self.evals.append(row)
+        self.evals.append(row)  # on every rank: all must take the same turns after a resume
         if self.ranks.rank == 0:
             out = settings.out
             captions = [self.asked.captions[i] for i in self.asked.shown]
@@ -650,7 +682,8 @@ class Run:
             self.monitor({f"Eval/{key}": value for key, value in row.items()})
             score = f", score {scores['mean']:.3f}" if scores else ""
             bar.write(f"{self.seen} samples: validation loss {loss:.4f}{score}")
-        bar.unpause()  # the pause is not the training's
+        bar.unpause()  # the speed leaves the evaluation out
+        # The losses were gathered, so every rank comes to the same decision.
         target = settings.target_eval_loss
         self.stopped |= target is not None and loss <= target
 
@@ -659,7 +692,7 @@ class Run:
 
         Raises OSError if this rank could not write: the checkpoints before it stand untouched.
         """
-        if self.saved_at == self.seen:  # saved already, for another reason
+        if self.saved_at == self.seen:  # just saved, for another reason
             return
         self.saved_at = self.seen
         # facts: what a sampler needs to know. The rest is for a resume.
@@ -706,6 +739,7 @@ class Run:
 
 def gather_losses(losses: torch.Tensor) -> torch.Tensor:
     """(k,) of each rank → (ranks, k), on the device: the log's only traffic, once an interval."""
+    # One tensor for all: a list of tensors would be copied.
     table = losses.new_empty(dist.get_world_size(), len(losses))
     dist.all_gather_into_tensor(table.view(-1), losses)
     return table
@@ -746,7 +780,7 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
         dist.barrier(group=ranks.group)  # the files of every rank are written
         if first:
             (partial / RUN_FILE).write_text(json.dumps(record))
-            for path in partial.rglob("*"):  # whole also when the power fails
+            for path in partial.rglob("*"):  # on the disk before the name changes
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
@@ -778,6 +812,7 @@ def read_record(path: Path) -> dict:
         raise ValueError(
             f"{path} is no checkpoint of this trainer (no readable {RUN_FILE}): move it away"
         ) from error
+    # One shard for each rank that wrote it, and the weights that rank 0 wrote.
     shards, wanted = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), record["world_size"]
     if shards != wanted or not list(path.glob("mp_rank_*")):
         raise ValueError(
@@ -795,6 +830,7 @@ def to_universal(path: Path, ranks: Ranks):
     shards. It is as large as the checkpoint, and is deleted when it has been loaded.
     """
     target = path.parent / UNIVERSAL
+    # DeepSpeed's converter is a program; it has no function to call.
     failed = torch.zeros(1)  # rank 0 tells the others, which would wait for ever
     if ranks.rank == 0:
         shutil.rmtree(target, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The front page and docs/: code that runs as it stands, commands that exist, links that lead on."""
+"""README and docs/: code that runs as it stands, commands that exist, links that lead on."""
 
 import importlib
 import re
