@@ -115,7 +115,6 @@ def validation_loss(
     t_index: Tensor,
     noise: Tensor,
     num_timesteps: int = 8,
-    batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Velocity MSE at t = 0, 1/n, …, (n−1)/n and the mean of those n means (MLPerf flux1's metric).
 
@@ -123,14 +122,11 @@ def validation_loss(
     fresh draws would jump about. Here every sample has its own fixed t_index (B,) int64 in 0..n−1
     and fixed noise: two evaluations differ by the model alone.
     Returns ((n,), ()) fp32; a t without samples is NaN in the first and left out of the second.
-    batch_size: samples in one forward pass; None: all.
     """
     sums, counts = data.new_zeros(2, num_timesteps, dtype=torch.float32)
-    for part in torch.arange(len(data), device=data.device).split(batch_size or len(data)):
-        index = t_index[part]
-        losses = rf_loss(model, data[part], text[part], t=index / num_timesteps, noise=noise[part])
-        sums.index_add_(0, index, losses)
-        counts.index_add_(0, index, torch.ones_like(losses))
+    losses = rf_loss(model, data, text, t=t_index / num_timesteps, noise=noise)
+    sums.index_add_(0, t_index, losses)
+    counts.index_add_(0, t_index, torch.ones_like(losses))
     means = sums / counts
     return means, means.nanmean()
 
@@ -234,6 +230,24 @@ def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -
         raise ValueError(f"distribution = {distribution!r} must be one of {names}")
     t = shift_time(TIME_DISTRIBUTIONS[distribution](u.clamp(1e-6, 1 - 1e-6)), shift)
     return t.clamp(1e-6, 1 - 1e-6)
+
+
+def sample_time(
+    batch_size: int,
+    *,
+    distribution: str = "logit_normal",
+    shift: float = 1.0,
+    stratified: bool = False,
+    generator: torch.Generator | None = None,
+    device=None,
+) -> Tensor:
+    """Training times t (batch_size,) fp32 in (0, 1), for a loop of your own: see time_at.
+
+    stratified: evenly spread over the batch (spread), as both trainers do, instead of independent.
+    """
+    how = {"generator": generator, "device": device}
+    u = spread(batch_size, **how) if stratified else torch.rand(batch_size, **how)
+    return time_at(u, distribution, shift)
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:

@@ -175,7 +175,7 @@ class Settings(DataOptions):
     out: Path = option(Path("runs/shapes"), "folder for all of it", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
-    # A checkpoint of AuraFlow's size holds 164 GB (24 bytes a parameter): save by time, keep few.
+    # A checkpoint of the 6.8B network holds 150 GB (22 bytes a parameter): save by time, keep few.
     save_every_samples: int = option(83_200, "between checkpoints", least=1)
     save_minutes: float | None = option(None, "also save when so many have passed", above=0)
     keep: int = option(3, "checkpoints kept", least=1)

@@ -56,7 +56,7 @@ def measure(config: MMDiTConfig, parametrization: str, lr: float = LR, seed: int
     text = Words(images.classes).expand(images.labels)
     data = to_unit(images.images)[..., 6:22, 6:22]
     noise = torch.randn(data.shape, generator=generator)
-    t = rf.time_at(rf.spread(len(data), generator))
+    t = rf.sample_time(len(data), stratified=True, generator=generator)
     seen = (Linear, DoubleBlock, SingleBlock)
     names = {module: name for name, module in model.named_modules() if isinstance(module, seen)}
     rows = []
