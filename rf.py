@@ -603,8 +603,9 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     run so far (the standard deviation of its profile), so one value suits every length.
     t is counted in each parameter group as "updates". The averages are states of the optimizer, so
     they are saved, split and loaded with it: by AdamW.state_dict, and by ZeRO-2, which splits
-    states by their shape. A hook and not a subclass: DeepSpeed asks for the exact type. Call it
-    before DeepSpeed wraps the optimizer.
+    states by their shape. The hook runs when AdamW has stepped, so a skipped step does not count. A
+    hook and not a subclass: DeepSpeed asks for the exact type. Call it before DeepSpeed wraps the
+    optimizer.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 

@@ -200,7 +200,8 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
     """Things that obey the meaning, without touching; what it leaves open is drawn at random.
 
     Two groups stand in reading order, the first further left, unless the caption relates them: so
-    a caption tells a small network which thing goes where. (The reader accepts any order.)
+    a caption tells a small network which thing goes where. (The reader accepts any order.) A colour
+    that the caption leaves open never makes a held-out pair: training would see it in the picture.
     """
     palette = list(COLORS)[: world.colors]
     total = sum(g.count for g in meaning.groups)
