@@ -329,8 +329,8 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
 
 def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int, out: Path):
     """Leave the averaged weights, their held-out loss, and what they draw."""
-    # From here on the model holds the averaged weights. The checkpoint with the real ones is written
-    # already, and nothing trains any more, so they need not be swapped back.
+    # From here on the model holds the averaged weights. The checkpoint with the real ones is
+    # written already, and nothing trains any more, so they need not be swapped back.
     rf.exchange_averages(adamw, rf.average_name(settings.ema))
     samples, device = step * settings.batch_size, model.positions.device
     facts = run_facts(settings, rows, model.config, samples)
