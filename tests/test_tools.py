@@ -4,7 +4,9 @@ import json
 import sys
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from helpers import SHAPES, call, exported, refused
 from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
@@ -33,8 +35,6 @@ def metadata(tmp_path):
 
 def word_tokenizer(*words, **special):
     """A tokenizer of transformers that knows <pad>, </s>, <unk> and these words."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     numbers = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -47,7 +47,6 @@ def tiny_chat(folder, plain=False, silent=False):
 
     plain: without a chat template; otherwise without a padding token. silent: writes nothing.
     """
-    transformers = pytest.importorskip("transformers")
     tokenizer = word_tokenizer("a", "red", "ring", "with", "stars")
     if not plain:
         tokenizer.pad_token = None
