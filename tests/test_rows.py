@@ -4,11 +4,11 @@ import base64
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import time
 from collections import Counter, defaultdict
-from functools import cache
 from itertools import islice
 from types import SimpleNamespace
 
@@ -17,17 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from helpers import SHAPES, call, exported, opened
+from helpers import SHAPES, call, close, exported, opened
 from PIL import Image
 from safetensors import safe_open
 from test_encoders import tiny_t5, tiny_vae
 from test_prepare import pictures, run
-from torch.utils.data import DataLoader, Dataset
 
 import rf
 from common.evaluate import Ranks
 from inputs import digits
-from inputs.encoders import HashText, TextFormat, to_unit
+from inputs.encoders import HashText, TextFormat
 from inputs.rows import FAILED, Copier, PreparedFolder, Range, WindowOrder
 from inputs.shapes import Shapes, World
 from tools import pairs
@@ -39,15 +38,15 @@ SIDES = ((16, 16), (12, 20), (20, 12))  # of picture i: the i-th, in turn
 HELD = np.random.default_rng(rf.mix_seed(0, "prepare", 0)).permutation(60)[9::10].tolist()
 
 
-def image_sets(name, *shape):
-    images, labels = torch.randint(256, (28, *shape), dtype=torch.uint8), torch.arange(28) % 10
-    labels[23:] = torch.tensor([0, 0, 1, 0, 1])
-    words = [str(k) for k in range(10)]
-    parts = (slice(0, 23), slice(23, 28))
-    return [digits.ImageSet(images[part], labels[part], words, name) for part in parts]
+def image_sets(name, channels):
+    """23 images to learn from, and five held-out ones."""
+    held = digits.glyphs(5, seed=1)._replace(labels=torch.tensor([0, 0, 1, 0, 1]))
+    pictures = (images.images.repeat(1, channels, 1, 1) for images in (digits.glyphs(23), held))
+    kept = zip((digits.glyphs(23), held), pictures, strict=True)
+    return [part._replace(images=images, source=name) for part, images in kept]
 
 
-SETS = {"mnist": image_sets("mnist", 1, 28, 28), "cifar10": image_sets("cifar10", 3, 32, 32)}
+SETS = {"mnist": image_sets("mnist", 1), "cifar10": image_sets("cifar10", 3)}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,8 @@ def home(tmp_path_factory):
     captions = ["--caption", "text:3", "--caption", "other"]
     run(source, home / "prepared", *captions, "--chunk-rows", 9)
     run(source, home / "staged", "--chunk-rows", 9, "--validation", 1)
-    vae = tiny_vae(home / "vae")
-    run(source, home / "moments", "--vae", vae, "--text-bits", 8, "--chunk-rows", 60)
+    options = ["--vae", tiny_vae(home / "vae"), "--text-bits", 8, "--chunk-rows", 60]
+    run(source, home / "moments", *options)
     run(pictures(home / "squares", 20, [(48, 48)]), home / "square")
     edited(home / "prepared", home / "short", text_tokens=6)
     eight = {"tokens": 8, "dim": 128, "bits": 8, "reach": 0.25}
@@ -103,8 +102,9 @@ def training(home, kind):
     if kind in SETS:
         images, labels, words, _ = SETS[kind][0]
         for image, label in zip(images, labels, strict=True):
-            for x in (image, image.flip(2)) if kind == "cifar10" else (image,):
-                found[key(x)] = [words[label]]
+            found[key(image)] = [words[label]]
+            if kind == "cifar10":
+                found[key(image.flip(2))] = [words[label]]
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             captions = json.loads(file.metadata()["captions"])
@@ -120,7 +120,6 @@ def training(home, kind):
     return found
 
 
-@cache
 def encoded(kind, caption):
     """Text features (T, E), as they are stored."""
     if kind in SETS:
@@ -158,9 +157,8 @@ def test_a_sample_is_a_function_of_seed_and_position(open_kind, kind):
                 first = seen + (i * ranks + rank) * size
                 for sample, wanted in zip(split(again, batch), whole[first:], strict=False):
                     assert equal(sample, wanted)
-    noises = [noise for *_, noise in whole]
-    assert len({key(noise) for noise in noises}) == 120
-    assert abs(torch.cat([noise.flatten() for noise in noises]).std() - 1) < 0.02
+    noises = torch.cat([noise.flatten() for *_, noise in whole])
+    assert len(noises.unique()) > 0.99 * len(noises) and abs(noises.std() - 1) < 0.02
     _, other = open_kind(kind, seed=1)
     drawn = split(other, other.draw(range(8), 1))
     for a, b in zip(whole, drawn, strict=False):
@@ -195,7 +193,7 @@ def test_shapes_are_drawn_in_a_new_order_each_epoch():
         (rows.at([3]), Shapes(world)[first[3]]),
         (held.source.read(held.rows[:1]), Shapes(world, held=True)[-1 - held.rows[0]]),
     ):
-        assert torch.equal(stored[0], torch.from_numpy(picture))
+        assert (stored[0].numpy() == picture).all()
         assert torch.equal(text[0], encoded("shapes", caption))
 
 
@@ -208,17 +206,18 @@ def test_whole_chunks_follow_one_another(window):
     epochs = order(range(84)).reshape(4, 21).tolist()
     every = [100 * i + k for i, n in enumerate(counts) for k in range(n)]
     assert all(sorted(epoch) == every for epoch in epochs) and epochs[0] != epochs[1]
-    windows = -(-5 // window)
+    windows, place = -(-5 // window), 0
     uses = list(islice(order.uses(0), 4 * windows))
-    assert [first for first, *_ in uses] == [0, *(last for _, last, _ in uses[:-1])]
     for first, last, chunks in uses:
-        assert len(chunks) <= window and set(order(range(first, last)) // 100) == chunks
+        assert first == place and len(chunks) <= window
+        assert set(order(range(first, last)) // 100) == chunks
         assert next(order.uses(last - 1)) == (first, last, chunks)
+        place = last
     chunks = [chunks for *_, chunks in uses]
     assert windows == 1 or chunks[:windows] != chunks[windows : 2 * windows]
     larger = [(100 * i, Range(i, "train", 8, 9, 0, 9)) for i in range(5)]
-    other = islice(WindowOrder(larger, window, (3, 5)).uses(0), len(uses))
-    assert chunks == [chunks for *_, chunks in other]
+    other = WindowOrder(larger, window, (3, 5)).uses(0)
+    assert chunks == [next(other)[2] for _ in chunks]
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 3.0], [1.0, 999.0]])
@@ -240,27 +239,15 @@ def test_streams_interleave_by_share_and_weight(open_kind, weights):
     assert sum(rows.sides().values()) == pytest.approx(1) and len(rows.sides()) == 3
 
 
-def test_rows_travel_to_spawned_workers(open_kind, home):
-    kinds = {kind: open_kind(kind)[1] for kind in KINDS}
-    kinds["t5"] = opened("shapes", text_encoder=tiny_t5(home / "t5"))[1]
-    asked = [(kind, [8, 10, 15]) for kind in kinds]
-    wanted = [split(kinds[kind], kinds[kind].draw(positions, 0)) for kind, positions in asked]
-    how = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
-    spawned = DataLoader(Drawn(kinds), sampler=asked, **how)
-    for (kind, _), samples, batch in zip(asked, wanted, spawned, strict=True):
-        for sample, same in zip(samples, split(kinds[kind], batch), strict=True):
-            assert equal(sample, same), kind
-
-
-class Drawn(Dataset):
-    """(kind, positions) → what the rows of that kind draw."""
-
-    def __init__(self, kinds):
-        self.kinds = kinds
-
-    def __getitem__(self, asked):
-        kind, positions = asked
-        return self.kinds[kind].draw(positions, 0)
+@pytest.mark.parametrize("kind", [*KINDS, "t5"])
+def test_rows_travel_to_workers_without_encoders(open_kind, tmp_path, kind):
+    t5 = {"text_encoder": tiny_t5(tmp_path)} if kind == "t5" else {}
+    _, rows = open_kind("shapes" if t5 else kind, **t5)
+    wanted = split(rows, rows.draw([8, 10, 15], 0))  # now files are open
+    there = pickle.loads(pickle.dumps(rows))
+    assert there.text is there.image is None
+    for sample, same in zip(wanted, split(rows, there.draw([8, 10, 15], 0)), strict=True):
+        assert equal(sample, same)
 
 
 # --- captions, latents, held-out rows ------------------------------------------------------------
@@ -283,62 +270,53 @@ def test_captions_are_drawn_by_weight(open_kind, home):
 def test_dropped_and_empty_captions_are_the_stored_null_text(open_kind, home, tmp_path):
     null = torch.arange(256).view(2, 128) / 256
     blob = base64.b64encode(TextFormat(8, 128).pack(null)).decode()
-    out = edited(home / "prepared", tmp_path / "data", null_text=blob)
-    chunk = out / "chunks" / "00002.arrow"
-    table = read_chunk(chunk)
-    silent, kind = set(table["image"].to_pylist()), table.schema.field("captions").type
-    table = table.set_column(2, "captions", pa.array([["", None]] * len(table), kind))
-    with pa.ipc.new_stream(chunk, table.schema) as writer:
-        writer.write_table(table)
-    _, rows = opened(out, batch_size=500)
-    padded, dropped = torch.cat([null, torch.zeros(6, 128)]), []
-    for step in range(3):
-        batch = rows.draw(range(500 * step, 500 * step + 500), 0)
-        dropped += batch.dropped.tolist()
-        texts = rows.features(batch.text, "cpu", batch.dropped)
-        for x, drop, text in zip(batch.stored, batch.dropped, texts, strict=True):
-            assert torch.equal(text, padded) == (drop or x.numpy().tobytes() in silent)
-    assert np.mean(dropped) == pytest.approx(0.1, abs=0.025)
+    _, rows = opened(edited(home / "prepared", tmp_path / "data", null_text=blob), batch_size=1500)
+    table = rows.sources[0].table(2)
+    table["captions"] = pa.array([["", None]] * len(table["captions"]))
+    silent = {image.as_py() for image in table["image"]}
+    padded = torch.cat([null, torch.zeros(6, 128)])
+    batch = rows.draw(range(1500), 0)
+    texts = rows.features(batch.text, "cpu", batch.dropped)
+    for x, drop, text in zip(batch.stored, batch.dropped, texts, strict=True):
+        assert torch.equal(text, padded) == (drop or x.numpy().tobytes() in silent)
+    assert batch.dropped.float().mean() == pytest.approx(0.1, abs=0.025)
     assert torch.equal(rows.null_features("cpu")[0], padded)
     _, rows = open_kind("pairs", batch_size=300)
     assert not rows.draw(range(300), 0).dropped.any()  # guidance is in the pairs
 
 
-def test_latents_are_the_vaes_mean_plus_std_times_noise(open_kind, home):
+def test_latents_are_the_stored_mean_plus_std_times_noise(open_kind):
     _, rows = open_kind("moments")
-    images = {captions[0]: k for k, captions in training(home, "prepared").items()}
-    batch, known = rows.draw(range(8), 0), training(home, "moments")
+    batch = rows.draw(range(8), 0)
     assert abs((batch.noise * batch.vae_noise).mean()) < 0.1  # they are independent
-    states, *_ = rows.encode(batch, "cpu")
-    for x, noise, state in zip(batch.stored, batch.vae_noise, states, strict=True):
-        shape, pixels = images[known[key(x)][0]]
-        image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, *shape)
-        with torch.no_grad():
-            posterior = rows.image.model.encode(to_unit(image)).latent_dist
-        expected = (posterior.mean + posterior.std * noise) * 0.13025
-        assert torch.allclose(state, expected, atol=1e-3)
+    mean, log_variance = batch.stored.float().unbind(1)
+    latents = (mean + (log_variance / 2).exp() * batch.vae_noise) * 0.13025
+    close(rows.encode(batch, "cpu")[0][:, 0], latents)
 
 
 @pytest.mark.parametrize("kind, n", [("mnist", 5), ("shapes", 512), ("prepared", 6), ("pairs", 3)])
 def test_held_rows_are_always_the_same(open_kind, home, kind, n):
+    """Whatever the run's seed and batch; each is asked at its time."""
     _, rows = open_kind(kind)
     _, other = open_kind(kind, seed=5 if kind == "prepared" else 0, batch_size=3)
-    numbers = [n for held in rows.held for part in held.batches(4) for n in part]
-    assert numbers == list(range(n))
-    known, times = training(home, kind), {}
+    numbers, times, said, known = [], [], [], training(home, kind)
     for held, again in zip(rows.held, other.held, strict=True):
-        for part in held.batches(4)[:3]:
+        for part in held.batches(4):
             batch, captions = rows.draw(part, held.seed, held), held.captions(part)
-            samples, later = split(rows, batch), other.draw(part, again.seed, again)
             assert len(part) <= 4 and not batch.dropped.any()
             assert not known.keys() & {key(x) for x in batch.stored}
-            for sample, same, caption in zip(samples, split(other, later), captions, strict=True):
-                assert equal(sample, same) and torch.equal(sample[1], encoded(kind, caption))
-            asked = held.t_index(part).tolist()
-            times |= zip(captions, asked, strict=True)
-            assert kind == "prepared" or asked == [number % 8 for number in part]
+            same = split(other, other.draw(part, again.seed, again))
+            for a, b, caption in zip(split(rows, batch), same, captions, strict=True):
+                assert equal(a, b) and torch.equal(a[1], encoded(kind, caption))
+            numbers, times, said = (
+                [*numbers, *part],
+                times + held.t_index(part).tolist(),
+                said + captions,
+            )
+    assert numbers == list(range(n))
     if kind == "prepared":  # every tenth place, asked at 0, 1/8, 2/8, … in turn
-        assert times == {f"number {number}": t for t, number in enumerate(HELD)}
+        numbers = [HELD.index(int(caption.split()[1])) for caption in said]
+    assert times == [number % 8 for number in numbers]
     if kind == "mnist":  # different captions first
         assert rows.held[0].shown(3) == [0, 2, 1]
 
@@ -384,19 +362,24 @@ def test_rows_that_do_not_fit(home, data, typed, message):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "name, content, message",
     [
-        ("", "is not what our tools write"),
-        ("[]", "is not what our tools write"),
-        ('{"schema": 2}', r"is not what our tools write \('text_format'\)"),
-        ('{"schema": 9}', "has schema 9, this program reads 2: make it again"),
+        ("manifest", "", ""),
+        ("manifest", "[]", ""),
+        ("manifest", '{"schema": 2}', r" \('text_format'\)"),
+        ("pairs", '{"schema": 2}', r" \('facts'\)"),
     ],
 )
-def test_broken_manifests(tmp_path, content, message):
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=f"manifest.json {message}") as refused:
+def test_broken_headers(tmp_path, name, content, message):
+    (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=f"{name}.json is not what our tools write{message}"
+    ) as told:
         opened(tmp_path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(told.value)
+    (tmp_path / f"{name}.json").write_text('{"schema": 9}')
+    with pytest.raises(ValueError, match="has schema 9, this program reads 2: make it again"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [None, 0, 400])
@@ -404,9 +387,8 @@ def test_broken_chunks(home, tmp_path, cut):
     out = edited(home / "square", tmp_path / "data")
     for chunk in out.glob("chunks/*.arrow"):
         chunk.unlink() if cut is None else os.truncate(chunk, cut)
-    _, rows = opened(out)
     with pytest.raises((ValueError, OSError)) as refused:
-        rows.at([0])
+        opened(out)[1].at([0])
     assert "\n" not in str(refused.value)
 
 
@@ -432,7 +414,7 @@ def staged(location, tmp_path):
     return opened(location, stage=tmp_path / "stage", window=1)[1]
 
 
-@pytest.mark.parametrize("seen, far", [(0, False), (40, False), (0, True)])
+@pytest.mark.parametrize("seen, far", [(0, False), (40, True)])
 def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies, seen, far):
     location, plain = home / "staged", opened(home / "staged", window=1)[1]
     if far:
@@ -445,10 +427,9 @@ def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies,
     assert limit < sum(chunk["bytes"] for chunk in rows.sources[0].manifest["chunks"])
     copier = Copier(rows, limit)
     copier.begin(seen)
-    for first in range(seen, 16 * 8, 4):
-        (x, text), (y, same) = (
-            r.at(range(first, first + 4)) for r in (readers[first // 4 % 2], plain)
-        )
+    for first in range(seen, 128, 4):
+        part = range(first, first + 4)
+        (x, text), (y, same) = readers[first // 4 % 2].at(part), plain.at(part)
         assert torch.equal(x, y) and equal(text[:2], same[:2])
         copier.passed((first + 4) // 8 * 8)
     copier.close()
