@@ -19,9 +19,9 @@ import pytest
 import torch
 from helpers import SHAPES, call, close, exported, opened
 from PIL import Image
-from safetensors import safe_open
 from test_encoders import tiny_t5, tiny_vae
-from test_prepare import pictures, run
+from test_pairs import read
+from test_prepare import pictures, prepared, run
 
 import rf
 from common.evaluate import Ranks
@@ -34,16 +34,16 @@ from train_t2i import loader
 
 KINDS = ("mnist", "cifar10", "shapes", "prepared", "moments", "mixed", "pairs")
 TOKENS = {"prepared": 8, "moments": 8, "pairs": 12, "shapes": 12}
-SIDES = ((16, 16), (12, 20), (20, 12))  # of picture i: the i-th, in turn
 HELD = np.random.default_rng(rf.mix_seed(0, "prepare", 0)).permutation(60)[9::10].tolist()
 
 
 def image_sets(name, channels):
     """23 images to learn from, and five held-out ones."""
     held = digits.glyphs(5, seed=1)._replace(labels=torch.tensor([0, 0, 1, 0, 1]))
-    pictures = (images.images.repeat(1, channels, 1, 1) for images in (digits.glyphs(23), held))
-    kept = zip((digits.glyphs(23), held), pictures, strict=True)
-    return [part._replace(images=images, source=name) for part, images in kept]
+    return [
+        part._replace(images=part.images.repeat(1, channels, 1, 1), source=name)
+        for part in (digits.glyphs(23), held)
+    ]
 
 
 SETS = {"mnist": image_sets("mnist", 1), "cifar10": image_sets("cifar10", 3)}
@@ -92,32 +92,23 @@ def key(x):
     return tuple(x.shape), x.numpy().tobytes()
 
 
-def read_chunk(file):
-    return pa.ipc.open_stream(file.read_bytes()).read_all()
-
-
 def training(home, kind):
     """key of what is stored → its captions, of all training rows; read without rows.py."""
-    found, folder = {}, home / kind
+    if kind == "pairs":
+        return {
+            key(x): [caption] for x, caption in islice(zip(*read(home / kind), strict=True), 27)
+        }
     if kind in SETS:
         images, labels, words, _ = SETS[kind][0]
-        for image, label in zip(images, labels, strict=True):
-            found[key(image)] = [words[label]]
-            if kind == "cifar10":
-                found[key(image.flip(2))] = [words[label]]
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            captions = json.loads(file.metadata()["captions"])
-            for x, caption in zip(file.get_tensor("states"), captions, strict=True):
-                if len(found) < 27:
-                    found[key(x)] = [caption]
-    for path in folder.glob("chunks/*.arrow"):
-        for row in read_chunk(path).to_pylist():
-            h, w = SIDES[row["row"] % 3]
-            shape = (2, 4, h // 2, w // 2) if kind == "moments" else (3, h, w)
-            if row["row"] not in HELD:
-                found[shape, row["image"]] = [c for c in row["captions"] if c]
-    return found
+        found = {key(x): [words[label]] for x, label in zip(images, labels, strict=True)}
+        if kind == "cifar10":
+            mirrored = zip(images.flip(3), labels, strict=True)
+            found |= {key(x): [words[label]] for x, label in mirrored}
+        return found
+    how = (np.float16, (2, 4), 2) if kind == "moments" else ()
+    rows = prepared(home / kind, *how).values() if (home / kind).exists() else ()
+    rows = (row for row in rows if row["split"] == "train")
+    return {key(row["image"]): [c for c in row["captions"] if c] for row in rows}
 
 
 def encoded(kind, caption):
@@ -322,10 +313,9 @@ def test_held_rows_are_always_the_same(open_kind, home, kind, n):
 
 
 def test_a_size_that_only_held_rows_have(tmp_path):
-    source = pictures(tmp_path / "source", 10, [(48, 48)])
-    last = np.random.default_rng(rf.mix_seed(0, "prepare", 0)).permutation(10)[9]
-    Image.new("RGB", (64, 36)).save(source / f"{last}.png")
-    run(source, tmp_path / "data")
+    sizes, order = [(48, 48)] * 10, np.random.default_rng(rf.mix_seed(0, "prepare", 0))
+    sizes[order.permutation(10)[9]] = (64, 36)
+    run(pictures(tmp_path / "source", 10, sizes), tmp_path / "data")
     _, rows = opened(tmp_path / "data")
     assert rows.sides() == {(16, 16): 1.0, (12, 20): 0.0} and rows.shown_shape() == (3, 12, 20)
 
@@ -438,43 +428,30 @@ def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies,
     assert max(Counter(copies.chunks).values()) <= 4
 
 
-def test_a_copier_with_room_waits_for_the_run(home, tmp_path, copies):
-    """It does not go through epoch after epoch; nor does it fetch twice what is there."""
-    rows, looked, ahead = staged(home / "staged", tmp_path), [], []
-    uses = rows.uses
-    rows.uses = lambda seen: (looked.append(use) or use for use in uses(seen))
-    copier = Copier(rows, 1e9)
-    looked.clear()
-    copier.begin(0)
+def test_a_copier_with_room_stays_within_an_epoch_of_the_run(home, tmp_path):
+    rows = staged(home / "staged", tmp_path)
+    copier, use = Copier(rows, 1e9), next(rows.uses(0))
     for seen in (0, 24):
         copier.passed(seen)
-        while not looked or len(ahead) < 2 or ahead[-2] != ahead[-1]:
-            time.sleep(0.2)
-            ahead.append(len(looked))
-        assert max(use.first for use in looked[:-1]) <= seen + 59 < looked[-1].first
-        ahead.clear()
-    assert sorted(copies.chunks) == list(range(7)) and copier.is_alive()
-    copier.close()
-    assert not copier.is_alive()
+        for ahead, there in ((59, True), (60, False)):
+            assert copier._room(use._replace(first=seen + ahead)) == there
 
 
 def test_what_an_earlier_run_left_goes(home, tmp_path):
-    rows = staged(home / "staged", tmp_path)
-    stage = rows.sources[0].stage
-    left = [rows.sources[0].path(3), stage / FAILED, stage / ".00003.arrow.17"]
-    for file in (*left, stage / "mine.txt"):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    source = staged(home / "staged", tmp_path).sources[0]
+    left = [source.path(3), source.stage / FAILED, source.stage / ".00003.arrow.17"]
+    left[0].parent.mkdir(parents=True)
+    for file in (*left, source.stage / "mine.txt"):
         file.write_text("of an earlier run")
-    Copier(rows, 1e9)
-    assert not any(file.exists() for file in left) and (stage / "mine.txt").exists()
+    Copier(staged(home / "staged", tmp_path), 1e9)
+    assert [file.exists() for file in (*left, source.stage / "mine.txt")] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize(
     "arrivals, message",
     [
         ("none cut whole", None),
-        ("cut cut cut", "staging failed: .*/chunks/0000.*.arrow arrives with 100 bytes and CRC"),
-        ("other other other", "arrives with .*, must have .*: prepare it again"),
+        ("cut other other", "staging failed: .* arrives with .*, must have .*: prepare it again"),
         ("none none none", "staging failed: connection reset"),
     ],
 )
