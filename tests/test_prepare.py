@@ -237,7 +237,6 @@ def test_every_row_comes_once_with_its_picture_and_captions(tmp_path):
         text = HashText(tokens=8)(row["captions"])[0, :2]
         assert row["text"] == [text.half().numpy().tobytes()]
     splits = Counter(row["split"] for row in found.values())
-    assert 1 <= splits["validation"] <= 4  # a tenth of 45, of which a few may be bad
     assert manifest["rows"] == {**splits, "bad": 4, "small": 1, "dropped": 0}
     buckets = Counter(row["bucket"] for row in found.values() if row["split"] == "train")
     assert {(b["height"], b["width"]): b["rows"] for b in manifest["buckets"]} == buckets
@@ -378,7 +377,6 @@ def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
     assert manifest["image"] == {"kind": "latents", "channels": 4, "factor": 2}
     for number, row in prepared(out, np.float16, (1, 1, 4), 2).items():
         close(row["image"][0, 0], torch.tensor(raw[number] * (24 / 255) - 12), atol=8e-3)
-        assert row["bucket"] == (12, 12)
 
 
 # --- what is refused -----------------------------------------------------------------------------

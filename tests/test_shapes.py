@@ -68,14 +68,6 @@ def test_scenes_of_larger_worlds_obey_stay_apart_and_are_read(size):
     assert np.mean(read) >= 0.97
 
 
-def test_detection_finds_place_size_and_colour():
-    for _, things, picture in draw("color_attr", 100):
-        for found, true in zip(sorted(detect(picture)), sorted(things), strict=True):
-            assert found[:2] == true[:2]  # shape and colour
-            assert found.radius == pytest.approx(true.radius, rel=0.2)
-            assert found[3:] == pytest.approx(true[3:], abs=0.03)
-
-
 def test_noise_blots_and_touching_shapes_are_not_read_as_shapes():
     rng = np.random.default_rng(0)
     assert detect(DARK) == []
@@ -92,9 +84,9 @@ def test_obedience_is_of_all_things_and_of_their_places():
     places = {"left of": (0.2, 0.5), "right of": (0.8, 0.5), "above": (0.5, 0.2)}
     for relation, (x, y) in (places | {"below": (0.5, 0.8)}).items():
         star = Thing("star", "red", 0.13, x, y)
-        for asked in shapes.RELATIONS:
-            meaning = Meaning("position", (Group(1, "star"), Group(1, "ring")), asked)
-            assert obeys(meaning, [star, ring]) == (asked == relation)
+        meaning = Meaning("position", (Group(1, "star"), Group(1, "ring")))
+        asked = [x for x in shapes.RELATIONS if obeys(meaning._replace(relation=x), [star, ring])]
+        assert asked == [relation]
     stars = [star, star._replace(y=0.5), star._replace(y=0.2)]
     for n in (1, 2, 3):
         assert obeys(Meaning("counting", (Group(2, "star"),)), stars[:n]) == (n == 2)
