@@ -175,18 +175,17 @@ def test_every_layout_gives_the_same_pictures(tmp_path, monkeypatch):
     orders = {}
     for make in (folder, pictures, csv_file, parquet, webdataset):
         source = make(tmp_path / make.__name__, 11)
-        for streaming in ([], ["--streaming"]):
-            name = make.__name__ + "".join(streaming)
-            run(source, tmp_path / name, "--chunk-rows", 4, *streaming)
-            found = prepared(tmp_path / name)
-            assert sorted(found) == list(range(11)), name
+        for extra in ([], ["--streaming"]):
+            out = tmp_path / (make.__name__ + "".join(extra))
+            run(source, out, "--chunk-rows", 4, *extra)
+            found = orders[out.name] = prepared(out)
+            assert sorted(found) == list(range(11))
             for row, cells in found.items():
                 number = int(cells["captions"][0].removeprefix("number "))
                 assert make is folder or number == row  # a folder is read class by class
                 expected = prepare.fit(picture(number), [cells["bucket"]], 1.0)
-                assert torch.equal(cells["image"], expected), name
-            orders[name] = list(found)
-    assert orders["pictures"] == orders["parquet"] != orders["parquet--streaming"]
+                assert torch.equal(cells["image"], expected), out
+    assert [*orders["pictures"]] == [*orders["parquet"]] != [*orders["parquet--streaming"]]
     assert not (tmp_path / "webdataset" / "sprung").exists()
     run(tmp_path / "webdataset", tmp_path / "nested", "--caption", "json.said.long")
     assert captions(tmp_path / "nested") == {i: [f"the number {i}"] for i in range(11)}
@@ -310,27 +309,20 @@ def test_bad_rows_are_tried_again_until_all_is_done(tmp_path, capsys):
 # --- captions ------------------------------------------------------------------------------------
 
 
-def test_several_caption_columns_have_weights(tmp_path):
-    source, out = pictures(tmp_path / "source", 8), tmp_path / "data"
-    manifest = run(source, out, "--caption", "text:3", "--caption", "other")
-    weights = {"text": 3.0, "other": 1.0}
-    assert {c["column"]: c["weight"] for c in manifest["captions"]} == weights
-    for number, row in prepared(out).items():
-        other = None if number % 4 == 1 else f"other {number}"
-        assert row["captions"] == [f"number {number}", other]
-        assert [blob is None for blob in row["text"]] == [False, other is None]
-
-
-def test_columns_are_joined_and_rows_dropped(tmp_path):
+def test_columns_are_joined_and_weighed_and_rows_dropped(tmp_path):
     source, out = pictures(tmp_path / "source"), tmp_path / "data"
-    extra = ["--chunk-rows", 16, "--caption", "text", "--caption", "again"]
+    extra = ["--chunk-rows", 16, "--caption", "text:3", "--caption", "again"]
     columns = {"drop": [True, False, True, False], "again": ["a", "b", "c", None]}
     for name, values in columns.items():
         prepare.write_table(tmp_path / name, {"row": [17, 3, 9, 4], name: values})
         extra += ["--with", tmp_path / name]
-    assert run(source, out, *extra)["rows"]["dropped"] == 2
-    kept = [i for i in range(40) if i not in (9, 17)]
-    assert captions(out) == {i: [f"number {i}", "b" if i == 3 else None] for i in kept}
+    manifest, found = run(source, out, *extra), prepared(out)
+    assert manifest["rows"]["dropped"] == 2 and found.keys() == {*range(40)} - {9, 17}
+    weights = {c["column"]: c["weight"] for c in manifest["captions"]}
+    assert weights == {"text": 3.0, "again": 1.0}
+    for i, row in found.items():
+        assert row["captions"] == [f"number {i}", "b" if i == 3 else None]
+        assert [blob is None for blob in row["text"]] == [False, i != 3]
 
 
 @pytest.mark.parametrize(
