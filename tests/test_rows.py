@@ -147,9 +147,7 @@ def test_a_sample_is_a_function_of_seed_and_position(open_kind, kind):
                 for sample, wanted in zip(split(rows, batch), whole[first:], strict=False):
                     assert equal(sample, wanted)
     assert any(part.dropped.any() for part in parts) == (kind != "pairs")  # which hold guidance
-    noises = [noise for *_, noise in whole]
-    if rows.random:  # the VAE's own is another one
-        noises += [noise for part in parts for noise in part.vae_noise]
+    noises = [*(noise for *_, noise in whole), *(parts[0].vae_noise if rows.random else ())]
     assert len({key(noise) for noise in noises}) == len(noises)
     assert abs(torch.cat([noise.flatten() for noise in noises]).std() - 1) < 0.02
     _, other = open_kind(kind, seed=1)
@@ -197,8 +195,8 @@ def test_whole_chunks_follow_one_another(window):
     epochs = order(range(84)).reshape(4, 21).tolist()
     every = [100 * i + k for i, n in enumerate(counts) for k in range(n)]
     assert all(sorted(epoch) == every for epoch in epochs) and epochs[0] != epochs[1]
-    windows, place = -(-5 // window), 0
-    uses = list(islice(order.uses(0), 4 * windows))
+    windows = -(-5 // window)
+    uses, place = list(islice(order.uses(0), 4 * windows)), 0
     for first, last, chunks in uses:
         assert first == place and len(chunks) <= window
         assert set(order(range(first, last)) // 100) == chunks
@@ -206,9 +204,8 @@ def test_whole_chunks_follow_one_another(window):
         place = last
     chunks = [chunks for *_, chunks in uses]
     assert windows == 1 or chunks[:windows] != chunks[windows : 2 * windows]
-    larger = [(100 * i, Range(i, "train", 8, 9, 0, 9)) for i in range(5)]
-    other = WindowOrder(larger, window, (3, 5)).uses(0)
-    assert chunks == [next(other)[2] for _ in chunks]
+    larger = WindowOrder([(i, r._replace(rows=9)) for i, r in ranges], window, (3, 5)).uses(0)
+    assert chunks == [next(larger)[2] for _ in chunks]
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 3.0], [1.0, 999.0]])
@@ -273,21 +270,21 @@ def test_held_rows_are_always_the_same(open_kind, home, kind, n):
     """Whatever the run's seed and batch; each is asked at its time."""
     _, rows = open_kind(kind)
     _, other = open_kind(kind, seed=5 if kind == "prepared" else 0, batch_size=3)
-    numbers, times, said, known = [], [], [], training(home, kind)
+    numbers, known = [], training(home, kind)
     for held, again in zip(rows.held, other.held, strict=True):
         for part in held.batches(4):
-            numbers, times = [*numbers, *part], [*times, *held.t_index(part).tolist()]
+            numbers += part
             batch, captions = rows.draw(part, held.seed, held), held.captions(part)
             assert len(part) <= 4 and not batch.dropped.any()
             assert not known.keys() & {key(x) for x in batch.stored}
             same = split(other, other.draw(part, again.seed, again))
             for a, b, caption in zip(split(rows, batch), same, captions, strict=True):
                 assert equal(a, b) and torch.equal(a[1], encoded(kind, caption))
-            said += captions
+            places = part  # among the held-out; of prepared ones every tenth is
+            if kind == "prepared":
+                places = [HELD.index(int(caption.split()[1])) for caption in captions]
+            assert held.t_index(part).tolist() == [place % 8 for place in places]
     assert numbers == list(range(n))
-    if kind == "prepared":  # every tenth place, asked at 0, 1/8, 2/8, … in turn
-        numbers = [HELD.index(int(caption.split()[1])) for caption in said]
-    assert times == [number % 8 for number in numbers]
     if kind == "mnist":  # different captions first
         assert rows.held[0].shown(3) == [0, 2, 1]
 
