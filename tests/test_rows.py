@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -312,8 +313,9 @@ def test_a_size_that_only_held_rows_have(tmp_path):
         ("prepared", {"anneal": 0.5}, r"--anneal 0.5 is for pairs"),
         ("pairs", {"anneal": 0.5, "segments": 2}, r"--anneal 0.5 is .* with --segments 1"),
         ("nowhere", {}, r"--data nowhere is none of .* python -m tools.prepare SOURCE"),
-        ("memory://nowhere", {}, r"--data memory://nowhere .* holds no manifest.json"),
-        ("memory://square", {}, r"is far away: give --stage, a folder on this disk"),
+        ("memory://nowhere", {}, r"is far away: give --stage, a folder on this disk"),
+        ("memory://nowhere", {"stage": Path()}, r"manifest.json \(memory://nowhere/.* cannot be"),
+        ("nosuch://x", {"stage": Path()}, r"--data nosuch://x .* Protocol not known"),
         ("prepared", {"size": 17}, r"--size 17 does not fit --data, which was made with 16"),
         (
             "shapes",
@@ -324,7 +326,6 @@ def test_a_size_that_only_held_rows_have(tmp_path):
 )
 def test_rows_that_do_not_fit(home, monkeypatch, data, typed, message):
     monkeypatch.chdir(home)
-    fsspec.filesystem("memory").put("square", "/square", recursive=True)
     with pytest.raises(ValueError, match=message) as refused:
         opened(*data.split(), **typed)
     assert "\n" not in str(refused.value)
@@ -356,7 +357,7 @@ def test_broken_chunks(home, tmp_path, cut):
     out = edited(home / "square", tmp_path / "data")
     for chunk in out.glob("chunks/*.arrow"):
         chunk.unlink() if cut is None else os.truncate(chunk, cut)
-    with pytest.raises((ValueError, OSError)) as refused:
+    with pytest.raises((ValueError, OSError), match=r"0000\d.arrow") as refused:
         opened(out)[1].at([0])
     assert "\n" not in str(refused.value)
 
@@ -420,6 +421,9 @@ def test_a_copier_with_room_stays_within_an_epoch_of_the_run(home, tmp_path):
         copier.passed(seen)
         for ahead, there in ((59, True), (60, False)):
             assert copier._room(use._replace(first=seen + ahead)) == there
+    copier.limit = 1e3  # as if a later epoch needed more than those that were looked at
+    with pytest.raises(ValueError, match="--stage-limit 1e-06 GB is full of chunks in use"):
+        copier._room(use)
 
 
 @pytest.mark.parametrize(
