@@ -43,16 +43,14 @@ def table(folder, command, *options):
     return pd.read_csv(folder / f"{command}.csv", comment="#")
 
 
-def test_data_measures_every_combination(tmp_path, capsys):
+def test_data_measures_every_combination(tmp_path):
     small = ("--size", 32, "--tokens", 8, "--length", 4, "--workers", 0, 1, "--repeats", 2)
     found = table(tmp_path, "data", *small)
     assert [*zip(found.text_bits, found.caption_tokens, found.workers, strict=True)] == [
         *product((16, 8), (4, 8), (0, 1))
     ]
     need = throughput.demand("1b", 4, 8)
-    assert (found.rows_per_s > 10).all()
     assert found.x_1b.tolist() == pytest.approx((found.rows_per_s / need).tolist())
-    assert "PyTorch" in capsys.readouterr().out
 
 
 def test_the_demand_is_the_share_of_the_peak():
@@ -112,37 +110,29 @@ def test_diffusers_variant_computes_what_ours_does(tiny, monkeypatch):
     close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_memory_is_measured_in_processes_that_take_turns(tmp_path, monkeypatch):
-    asked = []
+def test_memory_is_measured_in_processes_that_take_turns(tmp_path, tiny, monkeypatch):
+    turns = []
 
     def apply(function, args):
-        assert function is throughput.digits_ms
-        asked.extend(args)
-        ms = (10.0 if args[0] else 15.0) + len(asked) / 100
-        return {"training": ms, "sampling": 10 * ms}
+        turns.extend(args)
+        return function(*args)
 
     def pool(processes, maxtasksperchild):
         assert (processes, maxtasksperchild) == (1, 1)
         return nullcontext(SimpleNamespace(apply=apply))
 
-    spawn = SimpleNamespace(Pool=pool)
-    monkeypatch.setattr(throughput, "get_context", {"spawn": spawn}.get)
-    found = table(tmp_path, "memory", "--repeats", 3)
-    assert asked == [True, False] * 3
-    assert found.memory.tolist() == ["kept", "kept", "usual", "usual"]
-    assert found.ms.tolist() == pytest.approx([10.03, 100.3, 15.04, 150.4])
-    assert found.over_kept[2:].tolist() == pytest.approx([15.04 / 10.03] * 2)
-
-
-def test_a_process_measures_both(tiny, monkeypatch):
     def once(steps, repeats, inner=1):
         for step in steps.values():
             step()
-        return measure.summary([dict.fromkeys(steps, inner)])
+        return measure.summary([dict.fromkeys(steps, inner if turns[-1] else 3 * inner)])
 
+    spawn = {"spawn": SimpleNamespace(Pool=pool)}
+    monkeypatch.setattr(throughput, "get_context", spawn.get)
     monkeypatch.setattr(throughput, "interleaved", once)
-    found = throughput.digits_ms(keep=False)
-    assert found == {"training step, batch 64": 40, "24 guided steps, batch 128": 1}
+    found = table(tmp_path, "memory", "--repeats", 3)
+    assert turns == [True, False] * 3
+    assert found.memory.tolist() == ["kept", "kept", "usual", "usual"]
+    assert found.ms.tolist() == [40, 1, 120, 3] and found.over_kept.tolist() == [1, 1, 3, 3]
 
 
 def test_separate_matrices_are_the_same_network():
@@ -164,10 +154,8 @@ def test_a_step_is_taken_apart(tmp_path, monkeypatch):
     found = table(tmp_path, "step", "--steps", 3, "--repeats", 1, *options)
     found = found.set_index("part").ms
     assert [*found.index] == [*throughput.RANGES, "trainer", "bare"]
-    found = found.drop("communication, inside")
-    assert (found > 0).all() and found.forward + found.backward > found.log + found.signals
-    inside = found.drop(["trainer", "bare"]).sum()
-    assert inside < 5 * found.trainer  # the profiler slows it down, but it is the same step
+    assert (found.drop("communication, inside") > 0).all()
+    assert found.forward + found.backward > found.log + found.signals
     with gzip.open(tmp_path / "step_trace.json.gz") as file:
         assert file.read().count(b'"name": "part backward"') == 3 * 2  # two passes a step
 
