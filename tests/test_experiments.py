@@ -122,8 +122,7 @@ def test_searches_spend_equal_compute_and_the_law_predicts(tmp_path, monkeypatch
     fitted = re.findall(r"= (\S+) \+ (\S+) N\^-(\S+)\n.*: (\S+)", printed)[-1]
     expected = (0.1, 3, 0.25, law(large))
     assert [*map(float, fitted)] == pytest.approx(expected, rel=0.02)
-    for name in ("blocks", "aspect", "scaling"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert {file.stem for file in tmp_path.glob("*.png")} == {*shape_scaling.SEARCHES}
 
 
 # --- edit ----------------------------------------------------------------------------------------

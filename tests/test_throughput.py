@@ -10,30 +10,22 @@ import pandas as pd
 import pytest
 import torch
 from helpers import call, close, opened, refused
-from matplotlib.axes import Axes
 
 import rf
 from experiments import measure, throughput
 from inputs.encoders import TextFormat
-from mmdit import MMDiTConfig
 
-TINY = MMDiTConfig(
-    dim=128,
-    head_dim=64,
-    n_layers=3,
-    n_double_layers=1,
-    text_dim=16,
-    max_grid=4,
-    residual="auraflow",
-    base_dim=64,
+TINY = throughput.aura(
+    dim=128, head_dim=64, n_layers=3, n_double_layers=1, text_dim=16, max_grid=4, base_dim=64
 )
+SMALL = throughput.Size(TINY, 2, 8, 4)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Every size small enough for a test."""
     for name in throughput.SIZES:
-        monkeypatch.setitem(throughput.SIZES, name, throughput.Size(TINY, 2, 8, 4))
+        monkeypatch.setitem(throughput.SIZES, name, SMALL)
 
 
 def table(folder, command, *options):
@@ -129,20 +121,16 @@ def test_memory_is_measured_in_processes_that_take_turns(tmp_path, tiny, monkeyp
     spawn = {"spawn": SimpleNamespace(Pool=pool)}
     monkeypatch.setattr(throughput, "get_context", spawn.get)
     monkeypatch.setattr(throughput, "interleaved", once)
-    found = table(tmp_path, "memory", "--repeats", 3)
-    assert turns == [True, False] * 3
+    found = table(tmp_path, "memory", "--repeats", 2)
+    assert turns == [True, False] * 2
     assert found.memory.tolist() == ["kept", "kept", "usual", "usual"]
     assert found.ms.tolist() == [40, 1, 120, 3] and found.over_kept.tolist() == [1, 1, 3, 3]
 
 
 def test_separate_matrices_are_the_same_network():
-    model, inputs = (
-        throughput.built(TINY),
-        throughput.batch_of(throughput.Size(TINY, 2, 8, 4), "cpu"),
-    )
+    model, (x, _, text, t) = throughput.built(TINY), throughput.batch_of(SMALL, "cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    x, _, text, t = inputs
     expected = model(x, t, text)
     close(throughput.apart(model)(x, t, text), expected, atol=1e-4)
 
@@ -173,14 +161,3 @@ def test_a_turn_is_one_untimed_call_and_the_timed_ones(monkeypatch):
     assert found.ms.tolist() == [250, 250] and found.spread.tolist() == [0, 0]
     found = measure.summary([{"a": ms} for ms in range(1, 6)])
     assert found.loc["a"].tolist() == pytest.approx([3, 1 / 3])
-
-
-def test_the_chart_has_a_bar_for_each_row_with_a_number(tmp_path, monkeypatch):
-    drawn, label = [], Axes.bar_label
-    monkeypatch.setattr(Axes, "bar_label", lambda *a, **o: drawn.append(a[0]) or label(*a, **o))
-    rows = {"variant": ["a", "b", "c"], "n": [2, 1, 1], "ms": [3.0, float("nan"), 5.0]}
-    measure.report(pd.DataFrame(rows), tmp_path / "x.csv")
-    (axes,) = drawn
-    assert [bar.get_width() for bar in axes.patches] == [5.0, 3.0]  # the first row on top
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["c, 1", "a, 2"]
-    assert (tmp_path / "x.png").exists()
