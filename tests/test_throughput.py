@@ -1,34 +1,31 @@
 """experiments/throughput.py on small sizes: the tables are whole, the loader's rows are real."""
 
 import gzip
-import json
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from helpers import call, opened, refused
+from helpers import call, close, opened, refused
 
+import rf
 from experiments import measure, throughput
 from inputs.encoders import TextFormat
-from mmdit import MMDiT, MMDiTConfig
 
-TINY = MMDiTConfig(
-    dim=128,
-    head_dim=64,
-    n_layers=3,
-    n_double_layers=1,
-    text_dim=16,
-    max_grid=4,
-    residual="auraflow",
-    base_dim=64,
+TINY = throughput.aura(
+    dim=128, head_dim=64, n_layers=3, n_double_layers=1, text_dim=16, max_grid=4, base_dim=64
 )
+SMALL = throughput.Size(TINY, 2, 8, 4)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Every size small enough for a test."""
     for name in throughput.SIZES:
-        monkeypatch.setitem(throughput.SIZES, name, throughput.Size(TINY, 2, 8, 4))
+        monkeypatch.setitem(throughput.SIZES, name, SMALL)
 
 
 def table(folder, command, *options):
@@ -38,16 +35,14 @@ def table(folder, command, *options):
     return pd.read_csv(folder / f"{command}.csv", comment="#")
 
 
-def test_data_measures_every_combination(tmp_path, capsys):
-    small = ("--size", 32, "--tokens", 8, "--length", 4)
-    found = table(tmp_path, "data", *small, "--workers", 0, 1, "--repeats", 2)
-    assert found[["text_bits", "caption_tokens", "workers"]].values.tolist() == [
-        [bits, length, workers] for bits in (16, 8) for length in (4, 8) for workers in (0, 1)
+def test_data_measures_every_combination(tmp_path):
+    small = ("--size", 32, "--tokens", 8, "--length", 4, "--workers", 0, 1, "--repeats", 2)
+    found = table(tmp_path, "data", *small)
+    assert [*zip(found.text_bits, found.caption_tokens, found.workers, strict=True)] == [
+        *product((16, 8), (4, 8), (0, 1))
     ]
     need = throughput.demand("1b", 4, 8)
-    assert (found.rows_per_s > 10).all()
     assert found.x_1b.tolist() == pytest.approx((found.rows_per_s / need).tolist())
-    assert "PyTorch" in capsys.readouterr().out
 
 
 def test_the_demand_is_the_share_of_the_peak():
@@ -58,11 +53,9 @@ def test_the_demand_is_the_share_of_the_peak():
 
 def test_the_made_up_folder_has_rows_of_the_real_sizes(tmp_path):
     throughput.made_up(tmp_path / "made", 4, TextFormat(8, 2048), 5, rows=16)
-    settings, rows = opened(tmp_path / "made")
-    rows.random = True
-    batch = rows.draw(range(3), settings.seed)
-    assert batch.stored.shape == (3, 2, 4, 4, 4) and batch.noise.shape == (3, 4, 4, 4)
-    assert batch.text.values.shape == (15, 2048)
+    _, rows = opened(tmp_path / "made")
+    batch = rows.draw(range(3), 0)
+    assert batch.stored.shape == (3, 2, 4, 4, 4) and batch.text.values.shape == (15, 2048)
     assert rows.facts["size"] == 32
 
 
@@ -93,73 +86,53 @@ def test_every_variant_has_its_row(tmp_path, tiny, command, names):
 
 def test_diffusers_variant_computes_what_ours_does(tiny, monkeypatch):
     """The same weights and the same batch: the losses of three steps are equal."""
-    losses = {}
+    losses, rf_loss = [], rf.rf_loss
+
+    def kept(*args, **options):
+        losses.append(rf_loss(*args, **options))
+        return losses[-1]
+
+    monkeypatch.setattr(rf, "rf_loss", kept)
     for name in ("ours", "diffusers"):
-        seen = losses[name] = []
-        rf_loss = throughput.rf.rf_loss
-
-        def kept(*args, rf_loss=rf_loss, seen=seen, **options):
-            loss = rf_loss(*args, **options)
-            seen.append(loss.detach().mean())
-            return loss
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throughput.rf, "rf_loss", kept)
-            step, _ = throughput.variant(name, throughput.SIZES["cpu"])
-            for _ in range(3):
-                step()
-    assert losses["ours"][0] != losses["ours"][2]
-    torch.testing.assert_close(losses["ours"], losses["diffusers"], rtol=1e-4, atol=1e-5)
+        step, _ = throughput.variant(name, throughput.SIZES["cpu"])
+        for _ in range(3):
+            step()
+    ours, theirs = torch.stack(losses).chunk(2)
+    assert (ours[0] != ours[2]).all()
+    close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_memory_is_measured_in_processes_that_take_turns(tmp_path, monkeypatch):
-    asked = []
+def test_memory_is_measured_in_processes_that_take_turns(tmp_path, tiny, monkeypatch):
+    turns = []
 
-    class Pool:
-        def __init__(self, processes, maxtasksperchild):
-            assert (processes, maxtasksperchild) == (1, 1)
+    def apply(function, args):
+        turns.extend(args)
+        return function(*args)
 
-        def __enter__(self):
-            return self
+    def pool(processes, maxtasksperchild):
+        assert (processes, maxtasksperchild) == (1, 1)
+        return nullcontext(SimpleNamespace(apply=apply))
 
-        def __exit__(self, *exception):
-            pass
-
-        def apply(self, function, args):
-            assert function is throughput.digits_ms
-            asked.extend(args)
-            ms = (10.0 if args[0] else 15.0) + len(asked) / 100
-            return {"training": ms, "sampling": 10 * ms}
-
-    context = type("Context", (), {"Pool": Pool})
-    monkeypatch.setattr(throughput, "get_context", {"spawn": context}.get)
-    found = table(tmp_path, "memory", "--repeats", 3)
-    assert asked == [True, False] * 3
-    assert found.memory.tolist() == ["kept", "kept", "usual", "usual"]
-    assert found.ms.tolist() == pytest.approx([10.03, 100.3, 15.04, 150.4])
-    assert found.over_kept.tolist() == pytest.approx([1, 1, 15.04 / 10.03, 15.04 / 10.03])
-
-
-def test_a_process_measures_both(tiny, monkeypatch):
     def once(steps, repeats, inner=1):
         for step in steps.values():
             step()
-        return measure.summary([dict.fromkeys(steps, inner)])
+        return measure.summary([dict.fromkeys(steps, inner if turns[-1] else 3 * inner)])
 
+    spawn = {"spawn": SimpleNamespace(Pool=pool)}
+    monkeypatch.setattr(throughput, "get_context", spawn.get)
     monkeypatch.setattr(throughput, "interleaved", once)
-    found = throughput.digits_ms(keep=False)
-    assert found == {"training step, batch 64": 40, "24 guided steps, batch 128": 1}
+    found = table(tmp_path, "memory", "--repeats", 2)
+    assert turns == [True, False] * 2
+    assert found.memory.tolist() == ["kept", "kept", "usual", "usual"]
+    assert found.ms.tolist() == [40, 1, 120, 3] and found.over_kept.tolist() == [1, 1, 3, 3]
 
 
-def test_separate_matrices_are_the_same_network(tiny):
-    torch.manual_seed(0)
-    model = MMDiT(TINY)
+def test_separate_matrices_are_the_same_network():
+    model, (x, _, text, t) = throughput.built(TINY), throughput.batch_of(SMALL, "cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 4, 16)
-    with torch.no_grad():
-        expected = model(*inputs)
-        assert torch.allclose(throughput.apart(model)(*inputs), expected, atol=1e-4)
+    expected = model(x, t, text)
+    close(throughput.apart(model)(x, t, text), expected, atol=1e-4)
 
 
 def test_a_step_is_taken_apart(tmp_path, monkeypatch):
@@ -171,42 +144,20 @@ def test_a_step_is_taken_apart(tmp_path, monkeypatch):
     assert [*found.index] == [*throughput.RANGES, "trainer", "bare"]
     assert (found.drop("communication, inside") > 0).all()
     assert found.forward + found.backward > found.log + found.signals
-    inside = found.drop(["trainer", "bare", "communication, inside"]).sum()
-    assert inside < 5 * found.trainer  # the profiler slows it down, but it is the same step
     with gzip.open(tmp_path / "step_trace.json.gz") as file:
-        names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert names.count("part backward") == 3 * 2  # two passes a step
+        assert file.read().count(b'"name": "part backward"') == 3 * 2  # two passes a step
 
 
-def test_bad_options_end_in_one_line(capsys):
+def test_a_command_that_is_none_ends_in_one_line(capsys):
     line = refused(throughput.main, capsys, "speed")
     assert line.startswith("experiments.throughput: --command 'speed' must be one of model, blocks")
-    line = refused(throughput.main, capsys, "step", "--", "--batch-size", 0)
-    assert line == "experiments.throughput: --batch-size 0 must be at least 1"
 
 
 def test_a_turn_is_one_untimed_call_and_the_timed_ones(monkeypatch):
     calls, clock = [], iter(range(100))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
-    found = measure.interleaved(steps, repeats=2, inner=4)
+    found = measure.interleaved({name: partial(calls.append, name) for name in "ab"}, 2, inner=4)
     assert "".join(calls) == "aaaaabbbbb" * 3  # the first round warms up
-    assert found.ms.to_dict() == {"a": 250, "b": 250} and (found.spread == 0).all()
-    found = measure.summary([{"a": ms} for ms in (1.0, 2.0, 3.0, 4.0, 5.0)])
+    assert found.ms.tolist() == [250, 250] and found.spread.tolist() == [0, 0]
+    found = measure.summary([{"a": ms} for ms in range(1, 6)])
     assert found.loc["a"].tolist() == pytest.approx([3, 1 / 3])
-
-
-def test_the_chart_has_a_bar_for_each_row_with_a_number(tmp_path, monkeypatch):
-    drawn, draw = [], pd.DataFrame.plot.barh
-    keep = monkeypatch.setattr
-    keep(pd.DataFrame.plot, "barh", lambda *a, **o: drawn.append(draw(*a, **o)) or drawn[-1])
-    rows = [
-        {"variant": "a", "n": 2, "ms": 3.0},
-        {"variant": "b", "n": 1, "ms": float("nan")},
-        {"variant": "c", "n": 1, "ms": 5.0},
-    ]
-    measure.report(pd.DataFrame(rows), tmp_path / "x.csv")
-    (axes,) = drawn
-    assert [bar.get_width() for bar in axes.patches] == [5.0, 3.0]  # the first row on top
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["c, 1", "a, 2"]
-    assert (tmp_path / "x.png").exists()

@@ -1,48 +1,34 @@
 """experiments/toy2d.py: the distributions, the measures, the flow map, and small runs."""
 
-import numpy as np
 import pytest
 import torch
-from helpers import call, records
+from helpers import call, close, records
 from PIL import Image
 
-import rf
 from experiments import toy2d
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than these small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", toy2d.SOURCES)
-def test_points_are_where_they_should_be(name):
-    points = toy2d.draw(name, 20_000, 0, "test")
+def test_points_come_from_seed_and_purpose_alone(name):
+    points, again, *others = (
+        toy2d.draw(name, 20_000, *how) for how in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    )
     assert points.shape == (20_000, 2) and points.dtype == torch.float32
     assert points.mean(0).abs().max() < 0.1
-    assert torch.equal(points, toy2d.draw(name, 20_000, 0, "test"))
-    for other in ((1, "test"), (0, "other")):
-        assert not torch.equal(points, toy2d.draw(name, 20_000, *other))
+    assert torch.equal(points, again) and not any(torch.equal(points, x) for x in others)
 
 
 def test_the_checkerboard_leaves_every_other_field_empty():
-    points = toy2d.draw("checkerboard", 20_000, 0, "test")
-    column, row = (points + 2).floor().long().T
-    assert set(zip(column.tolist(), row.tolist(), strict=True)) == {
-        (c, r) for c in range(4) for r in range(4) if (c + r) % 2 == 0
-    }
+    fields = (toy2d.draw("checkerboard", 20_000, 0, "test") + 2).floor().unique(dim=0)
+    assert fields.tolist() == [[c, r] for c in range(4) for r in range(4) if (c + r) % 2 == 0]
 
 
 def test_eight_gaussians_lie_on_a_circle():
-    points = toy2d.draw("gaussians", 20_000, 0, "test")
-    assert float(points.norm(dim=1).mean()) == pytest.approx(2, abs=0.05)
-    angle = torch.atan2(points[:, 1], points[:, 0]) / (2 * np.pi / 8)
-    assert (angle - angle.round()).abs().mean() < 0.1
-    assert len(angle.round().remainder(8).unique()) == 8
+    points = torch.view_as_complex(toy2d.draw("gaussians", 20_000, 0, "test"))
+    eighths = points.angle() / (2 * torch.pi / 8)
+    assert points.abs().mean().item() == pytest.approx(2, abs=0.05)
+    assert (eighths - eighths.round()).abs().mean() < 0.1
+    assert len(eighths.round().remainder(8).unique()) == 8
 
 
 def test_energy_distance_of_shifted_gaussians():
@@ -74,21 +60,21 @@ class Bent(toy2d.FlowMap):
 
 
 def test_the_lagrangian_loss_is_zero_for_the_exact_flow_map_alone():
-    data = torch.randn(50, 2)
-    r, s, t = torch.rand(3, 50)
-    loss = toy2d.lagrangian_loss(Straight(), data, data + DRIFT, r, s, t)
-    assert loss.shape == (50,) and loss.max() < 1e-9
-    loss = toy2d.lagrangian_loss(Straight(), data, data - DRIFT, r, s, t)
-    assert torch.allclose(loss, torch.full((50,), 20.0), atol=1e-4)  # ‖2·DRIFT‖²
-    s, t = torch.full((50,), 0.9), torch.full((50,), 0.4)
-    loss = toy2d.lagrangian_loss(Bent(), data, data + DRIFT, s, s, t)
-    assert torch.allclose(loss, torch.full((50,), 5 * (2 * 0.5) ** 2), atol=1e-4)
+    data, (r, s, t) = torch.randn(50, 2), torch.rand(3, 50)
+    early, late = torch.full((2, 50), 0.9), torch.full((50,), 0.4)
+    for flow, drift, times, expected in (
+        (Straight(), DRIFT, (r, s, t), 0.0),
+        (Straight(), -DRIFT, (r, s, t), 20.0),  # ‖2·DRIFT‖²
+        (Bent(), DRIFT, (*early, late), 5 * (2 * 0.5) ** 2),
+    ):
+        loss = toy2d.lagrangian_loss(flow, data, data + drift, *times)
+        close(loss, torch.full((50,), expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_map_jumps_from_the_source_to_the_data(steps):
     data = torch.randn(50, 2)
-    assert torch.allclose(toy2d.walk_map(Straight(), data + DRIFT, steps), data, atol=1e-6)
+    close(toy2d.walk_map(Straight(), data + DRIFT, steps), data)
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -121,8 +107,3 @@ def test_from_data_to_data(tmp_path, monkeypatch):
     found = run(tmp_path, monkeypatch, "--source", "gaussians", "--steps", 100)
     assert found["first"]["cost"] < found["real"]["cost"]
     assert {row["source"] for row in records(tmp_path / "toy2d.csv")} == {"gaussians"}
-
-
-def test_the_models_are_ordinary_ones_to_the_flow():
-    model, x = toy2d.MLP(), torch.randn(4, 2)
-    assert rf.sample(model, x, x, steps=2).shape == (4, 2)
