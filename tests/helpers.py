@@ -2,12 +2,14 @@
 
 import csv
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,18 @@ def stopped_once(path, number=signal.SIGTERM):
     """Inside, this process is sent a signal as soon as the path exists; pytest survives it."""
     with Signals(), once_there(path, lambda: os.kill(os.getpid(), number)):
         yield
+
+
+@contextmanager
+def full_disk(path):
+    """Inside, no file may grow beyond 100 kB once the path exists: so a full disk looks."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with once_there(path, fill):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def ranks(count, *command):
