@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPES, close, exported, ranks
+from helpers import SHAPES, close, exported
+from test_ranks import run
 
 import rf
 import train_t2i
@@ -115,7 +116,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     how = ["--samples", 8 * STEPS, "--batch-size", 8, "--save-every-samples", 8, "--keep", STEPS]
     how += ["--threads", 1, "--warmup-samples", 0, "--cooldown-samples", 0, "--lr", 0.02]
-    ranks(2, "train_t2i.py", "--out", out, *how, "--eval-prompts", 1, "--sample-steps", 1)
+    run(out, *how, "--eval-prompts", 1, "--sample-steps", 1)
     files = [next(c.glob("mp_rank_*")) for c in checkpoints(out / "checkpoints")]
     return out, [load_shard(file)["module"] for file in files]
 
