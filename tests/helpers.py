@@ -128,9 +128,9 @@ def once_there(path, action):
 
 
 @contextmanager
-def stopped_once(path, number=signal.SIGTERM):
-    """Inside, this process is sent a signal as soon as the path exists; pytest survives it."""
-    with Signals(), once_there(path, lambda: os.kill(os.getpid(), number)):
+def stopped_once(path):
+    """Inside, this process is sent SIGTERM as soon as the path exists; pytest survives it."""
+    with Signals(), once_there(path, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         yield
 
 
