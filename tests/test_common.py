@@ -24,7 +24,7 @@ class Settings(Options):
     data: list[str] = option(["here"], "what it learns", group="rows")
     lr: float = option(0.5, "up to 100 %", above=0, fixed=True)
     steps: int = option(7, "how many", least=1)
-    mode: str = option("slow", "how", choices=("slow", "fast"))
+    mode: str = option("slow", "how")
     size: int | None = option(None, "pixels", fixed=True)
     half: bool | None = option(None, "precision", local=True)
     resume: bool = option(False, "go on", local=True)
@@ -68,9 +68,9 @@ def test_sources_give_way_in_order():
         facts={"size": 8},
         typed={"size": 8, "steps": 9},
         saved={"steps": 3, "lr": 2.0, "half": True},
-        defaults=[{"size": 9, "lr": 3.0, "data": ["a"]}, {"data": ["b"], "mode": "fast"}],
+        defaults=[{"size": 9, "lr": 3.0, "data": ["a"]}, {"data": ["b"], "save_to": "x"}],
     )
-    assert found == Settings(size=8, steps=9, lr=2.0, data=["a"], mode="fast")
+    assert found == Settings(size=8, steps=9, lr=2.0, data=["a"], save_to="x")
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,16 @@ def test_beginning_tunes_the_products_of_the_device():
 
 
 def test_signals_ask_to_save_or_to_stop():
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    numbers = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP}
     before = [signal.getsignal(number) for number in numbers]
     with Signals() as signals:
-        for raised, expected in [
-            ((), NOTHING),
-            ((signal.SIGUSR1,), SAVE),
-            ((signal.SIGTERM, signal.SIGUSR1), STOP),
-            ((signal.SIGINT,), STOP),
-        ]:
-            for number in raised:
-                signal.raise_signal(number)
-            assert (signals.take(), signals.take()) == (expected, NOTHING)
+        assert signals.take() == NOTHING
+        for number, expected in numbers.items():
+            signal.raise_signal(number)
+            assert [signals.take(), signals.take()] == [expected, NOTHING]
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.take() == STOP
         with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C
             signal.raise_signal(signal.SIGINT)
     assert before == [signal.getsignal(number) for number in numbers]

@@ -2,13 +2,14 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from math import isnan, nan
+from math import nan
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, call, exported, opened
+from helpers import SHAPES, exported, opened
 from test_digits import write_mnist
+from test_pairs import make
 from test_prepare import pictures, run
 
 import rf
@@ -16,7 +17,6 @@ from common.evaluate import Ranks, asked, draw_asked, validation
 from common.pipeline import fixed_noise
 from inputs.encoders import to_bytes, to_unit
 from inputs.shapes import TAGS, World, draw_scene, render
-from tools import pairs
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def home(tmp_path_factory):
     run(source, home / "prepared")
     run(source, home / "few", "--validation", 1)
     run(source, home / "none", "--validation", 0)
-    how = ["--number", 120, "--segments", 4, "--steps", 4, "--solver", "euler"]
-    call(pairs.main, exported(home / "run", SHAPES), "--out", home / "pairs", *how)
+    make(exported(home / "run", SHAPES), home / "pairs", "--number", 120, "--segments", 4)
     return home
 
 
@@ -61,21 +60,20 @@ def guess(x, t, text):
     return x * t.view(-1, 1, 1, 1) + text.mean((1, 2)).view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("kind, segments", [("prepared", 1), ("pairs", 1), ("pairs", 2)])
+@pytest.mark.parametrize(
+    "kind, segments", [("prepared", 1), ("few", 1), ("none", 1), ("pairs", 1), ("pairs", 2)]
+)
 def test_each_held_row_is_asked_at_its_time(home, kind, segments):
-    """v at x_t on the row's straight line, or on its piece of it, against the slope there."""
+    """On its own line or piece, in the mean over those of one time; few: less than ranks."""
     settings, rows = opened(home / kind, segments=segments)
-    times, losses = rf.timesteps(segments, settings.shift), [[] for _ in range(8)]
+    how, losses = {"segments": segments, "shift": settings.shift}, [[] for _ in range(8)]
     for held in rows.held:
         for number in held.batches(1):
             states, text, _, noise = rows.encode(rows.draw(number, held.seed, held), "cpu")
-            points = states[0] if kind == "pairs" else torch.cat([noise, states[0]])
-            points, t = points[:: (len(points) - 1) // segments], held.t_index(number) / 8
-            i = max(i for i in range(segments) if t <= times[i])
-            slope = (points[i] - points[i + 1]) / (times[i] - times[i + 1])
-            x = points[i + 1] + (t - times[i + 1]) * slope
-            error = guess(x[None], t, text) - slope
-            losses[held.t_index(number)].append(error.square().mean().item())
+            index = held.t_index(number)
+            data, noise = rf.line_at(states, noise, index / 8, **how)
+            loss = rf.rf_loss(guess, data, text, t=index / 8, noise=noise)
+            losses[index].append(loss.item())
     found = all_alike(lambda ranks: validation(guess, rows, settings, "cpu", ranks))
     wanted = [sum(known) / len(known) if known else nan for known in losses]
     assert found == pytest.approx(wanted, rel=1e-4, nan_ok=True)
@@ -102,7 +100,6 @@ def test_true_pictures_score_one_and_others_do_not():
     """Of shapes; on the sheet is a row for each of the first four captions of a tag."""
     settings, rows = opened("shapes", cfg=1.0, sample_steps=2)
     wanted, world, rng = asked(rows, 6), World(20, 4, 6, 10), np.random.default_rng(0)
-    assert [m.tag for m, _ in wanted.meanings[::6]] == list(TAGS)
     scenes = [draw_scene(meaning, rng, world) for meaning, _ in wanted.meanings]
     true = torch.stack([torch.from_numpy(render(scene, 20, rng)) for scene in scenes])
     true = true[[wanted.captions.index(caption) for caption in wanted.captions]]  # some come twice
@@ -127,23 +124,19 @@ def test_words_are_drawn_ten_times_each(tmp_path):
     assert torch.equal(frames[0], greys.repeat(10, 1, 1, 1)) and scores == {}
 
 
-def test_other_rows_are_asked_for_their_held_out_captions(home):
+@pytest.mark.parametrize("kind", ["prepared", "few"])
+def test_other_rows_are_asked_for_their_held_out_captions(home, kind):
     """Those of the most frequent size, with the text that is stored."""
-    settings, rows = opened(home / "prepared", cfg=1.0, sample_steps=1)
-    wanted = asked(rows, 3)
-    held = max(rows.held, key=lambda held: len(held.rows))
-    numbers = range(held.first, held.first + len(held.rows))
-    assert wanted.captions == held.captions(numbers) and len(set(wanted.captions)) > 1
+    settings, rows = opened(home / kind, cfg=1.0, sample_steps=1)
+    wanted, held = asked(rows, 3), max(rows.held, key=lambda held: len(held.rows))
+    assert wanted.captions == held.captions(range(held.first, held.first + len(held.rows)))
+    assert len(set(wanted.captions)) == len(held.rows)
     images, text = held.source.read(held.rows)
     frames, _ = drawn(painter(rows.features(text, "cpu"), images), rows, wanted, settings)
     assert torch.equal(frames[0], images)
 
 
-@pytest.mark.parametrize("kind, n", [("few", 1), ("none", 0)])
-def test_fewer_held_rows_than_ranks(home, kind, n):
-    settings, rows = opened(home / kind, cfg=1.0, sample_steps=1)
-    wanted = asked(rows, 3)
-    frames, scores = drawn(guess, rows, wanted, settings)
-    assert frames.shape[1] == len(wanted.captions) == n and scores == {}
-    found = all_alike(lambda ranks: validation(guess, rows, settings, "cpu", ranks))
-    assert sum(not isnan(loss) for loss in found) == n
+def test_nothing_is_drawn_where_no_row_is_held_out(home):
+    settings, rows = opened(home / "none")
+    frames, scores = drawn(guess, rows, asked(rows, 3), settings)
+    assert frames.shape[1] == 0 and scores == {}

@@ -64,7 +64,7 @@ def test_large_pictures_are_drawn_few_at_a_time():
 def test_noise_depends_on_seed_and_number_alone():
     pipeline, _ = greys()
     a = pipeline.noise(0, range(5), "4x6")
-    assert a.shape == (5, 3, 4, 6) and torch.equal(pipeline.noise(0, [3, 1], "4x6"), a[[3, 1]])
+    assert torch.equal(pipeline.noise(0, [3, 1], "4x6"), a[[3, 1]])
     assert not torch.equal(a, pipeline.noise(1, range(5), "4x6"))
     assert len(a.unique(dim=0)) == 5 and abs(a.std() - 1) < 0.15
 

@@ -10,7 +10,6 @@ from test_encoders import tiny_t5, tiny_vae
 
 from common.auraflow import load_auraflow
 from common.pipeline import Pipeline
-from inputs.shapes import TAGS
 from sample_t2i import Graphed, main
 
 
@@ -51,10 +50,8 @@ def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
     rows = records(out.with_suffix(".csv"))
     wanted = [(str(home / name), n) for name in ("shapes", "other") for n in "12"]
     assert [(row["run"], row["steps"]) for row in rows] == wanted
-    for row in rows:
-        assert float(row["mean"]) == pytest.approx(sum(float(row[tag]) for tag in TAGS) / 6)
-    said = capsys.readouterr().out
-    assert all(tag in said for tag in (*TAGS, "mean")) and f"{home}/other, 2 steps" in said
+    said, mean = capsys.readouterr().out, float(rows[3]["mean"])
+    assert f"{home}/other, 2 steps" in said and f"mean           {mean:.3f}" in said
     assert out.exists()
     call(main, home / "shapes", *how)  # each its own number of steps, written anew
     assert [row["steps"] for row in records(out.with_suffix(".csv"))] == ["2", "3"]
