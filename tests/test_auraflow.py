@@ -180,7 +180,6 @@ KEY = "single_transformer_blocks.0.attn.to_k.weight"
         (written, {KEY: torch.zeros(32, 64)}, "size mismatch for single_blocks.0.stream.qkv"),
         (original, {"init_x_linear.bias": None}, "'init_x_linear.bias' is missing"),
         (original, {"modF.1.weight": None}, r"missing \['norm_out.linear.weight'\]"),
-        (original, {"final_linear.weight": None}, "'proj_out.weight' is missing"),
         (original, {"extra": torch.zeros(2)}, r"left over \['extra'\]"),
     ],
 )

@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import call, close, records, stopped_once, t2i
 from test_train_t2i import pairs_with_a_nan
 
 import rf
 import train_t2i
-from common.pipeline import checkpoints, load_shard, read_averages
+from common.pipeline import checkpoints, read_averages
 
 pytestmark = pytest.mark.slow
 
@@ -112,14 +111,6 @@ def test_one_rank_and_two_are_the_same_run(whole, tmp_path):
     alike(tmp_path, whole)
     first, *_, last = losses(tmp_path / "log.csv").values()
     assert last < 0.8 * first
-
-
-def test_deepspeeds_own_script_makes_weights_that_load(whole, tmp_path):
-    script = whole / "checkpoints" / "zero_to_fp32.py"
-    command = [sys.executable, script, whole / "checkpoints", tmp_path]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True, env=CPU)
-    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    close(weights, load_shard(newest(whole) / "mp_rank_00_model_states.pt")["module"], 0, 0)
 
 
 def test_a_killed_rank(whole, tmp_path):
