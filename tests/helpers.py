@@ -2,23 +2,19 @@
 
 import csv
 import os
+import resource
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 import train_t2i
-from common.pipeline import Pipeline
-from common.settings import settle
+from common.pipeline import Pipeline, settle_run
 from common.start import Signals
 from inputs.encoders import image_encoder, text_encoder
-from inputs.rows import open_rows
 from mmdit import MMDiT, fitted
 
 SHAPES = {  # facts of a run of chapter 2, of 20 pixels
@@ -73,12 +69,8 @@ def exported(folder, facts):
 
 def opened(*data, stage=None, **typed):
     """Chapter 2's settings, and the rows of --data."""
-    weights, seed = typed.get("data_weights", ()), typed.get("seed", 0)
-    rows = open_rows([str(name) for name in data], weights, seed=seed, stage=stage)
-    typed = {"data": rows.names, "batch_size": 8} | typed
-    how = {"saved": {}, "facts": rows.facts, "defaults": [rows.defaults]}
-    settings = settle(train_t2i.Settings, typed, **how)
-    return settings, rows.begin(settings)
+    typed = {"data": [str(name) for name in data], "batch_size": 8} | typed
+    return settle_run(train_t2i.Settings, typed, {}, "cpu", lambda preset: {}, stage)
 
 
 def call(main, *args):
@@ -136,24 +128,19 @@ def once_there(path, action):
 
 
 @contextmanager
-def stopped_once(path, number=signal.SIGTERM):
-    """Inside, this process is sent a signal as soon as the path exists; pytest survives it."""
-    with Signals(), once_there(path, lambda: os.kill(os.getpid(), number)):
+def stopped_once(path):
+    """Inside, this process is sent SIGTERM as soon as the path exists; pytest survives it."""
+    with Signals(), once_there(path, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         yield
 
 
-def ranks(count, *command):
-    """Run a program of ours on so many ranks, to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
-    assert [process.wait() for process in processes] == [0] * count
+@contextmanager
+def full_disk(path):
+    """Inside, no file may grow beyond 100 kB once the path exists: so a full disk looks."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with once_there(path, fill):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

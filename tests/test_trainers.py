@@ -1,7 +1,6 @@
 """Both trainers on all that rows can be: a run learns, draws, and goes on where it was stopped."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from helpers import DIGITS, SHAPES, call, exported, opened, records, stopped_once, t2i
 from PIL import Image
 from test_digits import write_mnist
-from test_encoders import tiny_vae
+from test_encoders import tiny_t5, tiny_vae
 from test_pairs import make
 from test_prepare import pictures, run
 
+import rf
 import train_mnist
 import train_t2i
 from common.pipeline import Pipeline
@@ -36,6 +36,7 @@ DATA = {
     "prepared": "--data {0}/a --window 1",
     "two prepared": "--data {0}/a {0}/b --data-weights 1 3",
     "latents": "--data {0}/latents",
+    "a latent world": "--data shapes --size 24 --vae {0}/vae --text-encoder {0}/t5",
     "pairs": "--data {0}/pairs-{1} --anneal 0.5",
 }
 
@@ -53,6 +54,7 @@ def home(tmp_path_factory):
     run(square, home / "a", "--chunk-rows", 6, "--validation", 1)
     run(square, home / "latents", "--vae", tiny_vae(home / "vae"))
     run(pictures(home / "source", 30), home / "b")
+    tiny_t5(home / "t5")
     for name, facts in {"mnist": DIGITS, "t2i": SHAPES}.items():
         make(exported(home / f"first-{name}", facts), home / f"pairs-{name}", "--segments", 2)
     return home
@@ -86,11 +88,16 @@ def test_a_run_learns_draws_and_goes_on_where_it_was_stopped(home, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "how", ["--time logit_normal", "--anneal 0.5", "--segments 2 --time start"]
+    "how, line",
+    [
+        ("--time logit_normal", {"segments": 1, "time": "logit_normal"}),
+        ("--anneal 0.5", {"segments": 1, "time": "u_shaped"}),
+        ("--segments 2 --time start", {"segments": 2, "time": "start"}),
+    ],
 )
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, trainer, how):
-    """At --lr 0: by formulas, from what the rows draw. shift is 2; pairs have u-shaped times."""
+def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, trainer, how, line):
+    """At --lr 0: the flow's own, from what the rows draw. shift is 2; pairs have u-shaped times."""
     first = home / "first-t2i"
     data = "shapes" if "normal" in how else home / "pairs-t2i"
     for program in (train_mnist, train_t2i):
@@ -105,33 +112,21 @@ def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, tr
         else:
             batch = rows.draw(range(4 * step, 4 * step + 4), 3)
         states, text, u, noise = rows.encode(batch, "cpu")
-        each = (4, 1, 1, 1)
-        if "segments" in how:  # from 1 to 2/3, or from 2/3 to 0
-            k = (u >= 0.5).long()
-            upper, lower = (states[torch.arange(4), i] for i in (k, k + 1))
-            t = 1 - k / 3
-            x, velocity = upper, (upper - lower) / (t - 2 / 3 + 2 / 3 * k).view(each)
-        else:
-            data_, t = states[:, -1], torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
-            t = 2 * t / (1 + t)
-            if "anneal" in how:
-                fresh = max(0, 1 - step / 4)
-                noise = math.sqrt(1 - fresh**2) * states[:, 0] + fresh * noise
-                t = 0.5 + torch.asinh((2 * u - 1) * math.sinh(2)) / 4
-            x, velocity = torch.lerp(data_, noise, t.view(each)), noise - data_
+        beta = max(0, 1 - step / 4) if "anneal" in how else 0.0
+        clean, noise, t = rf.line(states, noise, u, shift=2.0, beta=beta, **line)
         with torch.no_grad():
-            expected = (model(x, t, text) - velocity).square().mean().item()
+            expected = rf.rf_loss(model, clean, text, t=t, noise=noise).mean().item()
         assert float(row["loss"]) == pytest.approx(expected, rel=1e-4)
     assert step == 7
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_pictures_have_the_colour_of_their_caption(tmp_path, trainer):
-    rng, colours = np.random.default_rng(0), ("red", "green", "blue")
+    colours = ("red", "green", "blue")
     (tmp_path / "source").mkdir()
     for i in range(60):
-        pixels = rng.integers(0, 80, (16, 16, 3), dtype=np.uint8)
-        pixels[..., i % 3] += 170
+        pixels = np.full((16, 16, 3), 40, np.uint8)
+        pixels[..., i % 3] = 210
         Image.fromarray(pixels).save(tmp_path / f"source/{i}.png")
         (tmp_path / f"source/{i}.txt").write_text(f"a {colours[i % 3]} one")
     run(tmp_path / "source", tmp_path / "data")
