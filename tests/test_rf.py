@@ -109,6 +109,10 @@ def test_a_batch_has_a_time_in_each_slice_and_positions_lie_a_golden_step_apart(
     seeded = torch.Generator().manual_seed
     i, u = torch.arange(64), torch.rand(64, generator=seeded(3))
     assert torch.equal(rf.spread(64, seeded(3)), (i + u) / 64)
+    for stratified, shares in {True: (i + u) / 64, False: u}.items():
+        how = {"distribution": "u_shaped", "shift": 2.0, "stratified": stratified}
+        t = rf.sample_time(64, **how, generator=seeded(3))
+        assert torch.equal(t, rf.time_at(shares, "u_shaped", 2.0))
     positions = [5, 3, *range(6000, 6064)]
     start = np.random.default_rng((3, 1)).random()
     u = (start + np.array(positions) * (5**0.5 - 1) / 2) % 1
@@ -146,8 +150,7 @@ def test_the_least_loss_is_the_conditional_variance():
     assert best.item() == pytest.approx(STD**2 / ((1 - t) ** 2 * STD**2 + t**2), rel=0.01)
 
 
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_validation_loss_is_the_mean_of_the_means_of_each_t(batch_size):
+def test_validation_loss_is_the_mean_of_the_means_of_each_t():
     data, noise = randn(11, 2).float(), randn(11, 2, seed=1).float()
     t_index = torch.arange(11).clamp(max=6)
     text = torch.arange(11.0)[:, None]
@@ -155,7 +158,7 @@ def test_validation_loss_is_the_mean_of_the_means_of_each_t(batch_size):
     def model(x, t, text):
         return gaussian(x, t) + text
 
-    means, mean = rf.validation_loss(model, data, text, t_index, noise, batch_size=batch_size)
+    means, mean = rf.validation_loss(model, data, text, t_index, noise)
     losses = rf.rf_loss(model, data, text, t=t_index / 8, noise=noise)
     expected = torch.stack([losses[t_index == i].mean() for i in range(7)])
     assert means[7].isnan()  # no sample

@@ -276,7 +276,7 @@ def test_bad_options_end_in_one_line(tmp_path, capsys, options, message):
 def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert "several Slurm tasks without RANK: see the README" in refused(t2i, capsys)
+    assert "several Slurm tasks without RANK: see the srun line" in refused(t2i, capsys)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
 
