@@ -7,15 +7,15 @@ Start reading at MMDiT.forward: it is the picture below, line by line.
     t     (B,)         --sinusoids, MLP--> cond (B, D)          shifts, scales and gates each block
 
     double blocks   text and image have weights of their own, attention sees both   (SD3's MMDiT)
-    single blocks   one stream [text, image] shares its weights                     (DiT)
-    modulate, linear, unpatchify --> velocity (B, C, H, W)
+    single blocks   text and image tokens use the same weights                      (DiT)
+    norm (not in AuraFlow), modulate, linear, unpatchify --> velocity (B, C, H, W)
 
 A few double blocks first, because text features and pixels differ most at the start. Then single
 blocks, which have half the weights for the same work: AuraFlow found that most layers can be
 single.
 
 Text enters as a sequence only, and time as `cond` only. There is no attention mask: padded text
-rows are zero, and the network learns to pass over them, so all shapes are static.
+rows are zero, as in AuraFlow, and the network learns to ignore them. So all shapes are static.
 
 Shapes: B batch, C channels, H x W image, p patch side, N = (H/p)(W/p) image tokens, T text tokens,
 R registers, D width (dim), h heads, d = D/h head_dim, E text features, L tokens of a sequence.
@@ -57,10 +57,10 @@ RESIDUALS = ("prenorm", "auraflow")
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The shape of a network. A bad value raises ValueError: the field, the value, the rule."""
+    """The shape of a network. A bad value raises ValueError with field, value and rule."""
 
     in_channels: int = 4  # C: 4 for SDXL-VAE latents, 3 for RGB pixels, 1 for digits
-    patch_size: int = 2  # p: a token is a p x p square; C*p*p values should not exceed dim
+    patch_size: int = 2  # p: a token is a p x p square; if C*p*p > dim, embedding it loses values
     dim: int = 3072  # D: the width
     head_dim: int = 256  # d: fixed while dim grows (muP), so heads = dim / head_dim
     n_layers: int = 36  # double and single blocks together
@@ -115,7 +115,7 @@ PRESETS = {
         in_channels=1, patch_size=7, dim=96, head_dim=32, n_layers=4, n_double_layers=0,
         text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
     ),
-    # Chapter 2: the same network, from a laptop to AuraFlow.
+    # Chapter 2: the same architecture, from a laptop to AuraFlow.
     "tiny": MMDiTConfig(
         in_channels=3, patch_size=4, dim=96, head_dim=32, n_layers=5, n_double_layers=1,
         text_dim=128, max_grid=5, n_registers=0, mlp_multiple_of=32,
@@ -143,11 +143,11 @@ def fitted(
 ) -> MMDiTConfig:
     """The preset's network, fitted to the data.
 
-    sides: all (h, w) that it will see. patch_size: None takes the largest that divides them all,
-    from the preset's down to 3 (or the preset's, if that is smaller): smaller patches mean more
-    tokens, and attention costs their square. residual: "auraflow" also sets AuraFlow's registers
-    and MLP, so that the network can be exported (common/auraflow.py). Raises ValueError if no patch
-    fits.
+    sides: all (h, w) that it will see. patch_size: None takes the largest patch that divides them
+    all and is no larger than the preset's. It must be at least 3 if the preset's is: smaller
+    patches give more tokens, and attention costs their square. residual: "auraflow" also sets
+    AuraFlow's number of registers and rounding of the MLP, so that the network can be exported
+    (common/auraflow.py). Raises ValueError if no patch fits.
     """
     config = PRESETS[preset]
     patches = range(config.patch_size, min(3, config.patch_size) - 1, -1)
@@ -182,12 +182,14 @@ def fitted(
 #
 #     m = fan_in / (fan_in at base_dim)
 #
-# Adam moves every entry of a matrix by about the learning rate. In an output fan_in such moves add
-# up, all in step with the input, so the output changes by lr·fan_in. Hence lr/m for a matrix whose
-# fan_in grows. AdamW multiplies weight decay by the rate, so decay·m keeps the product the same at
-# every width (2505.01618). Inputs of a fixed size (patch values, sinusoids, text features) have
-# m = 1. Initial values have a standard deviation of 1/√fan_in, since at the start the products add
-# up at random, in proportion to √fan_in.
+# Adam moves every entry of a matrix by about the learning rate. An output is a sum of fan_in
+# products, and Adam's moves are correlated with the inputs, so they add up: the output changes by
+# lr·fan_in. Hence lr/m for a matrix whose fan_in grows. AdamW multiplies weight decay by the rate,
+# so decay·m keeps the product the same at every width (CompleteP, 2505.01618). Inputs of a fixed
+# size (patch values, sinusoids, text features) have m = 1. At the start weights and inputs are
+# independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
+# The text's projection starts at zero, as in AuraFlow. Weight decay limits the size of products;
+# biases, positions and registers are added, so they do not decay.
 # `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py and
 # experiments/lr_transfer.py measure it.
 
@@ -200,7 +202,7 @@ class Role(NamedTuple):
 
 
 ROLES = {
-    "hidden": Role(init="fan_in", decays=True),  # D → D: lr/m, decay·m
+    "hidden": Role(init="fan_in", decays=True),  # D or the MLP's width → any: lr/m, decay·m
     "modulation": Role(init="zero", decays=True),  # adaLN-zero: lr/m, decay·m
     "output": Role(init="zero", decays=True),  # D → patch: lr/m, decay·m
     "input": Role(init="fan_in", decays=True),  # patch → D, sinusoids → D: m = 1
@@ -216,7 +218,7 @@ ROLES = {
 class Linear(nn.Linear):
     """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector"."""
 
-    product = staticmethod(F.linear)  # cpu.py has a faster one for some CPUs
+    product = staticmethod(F.linear)  # common/cpu.py puts a faster one here on some CPUs
 
     def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False):
         super().__init__(fan_in, fan_out, bias=bias)
@@ -232,7 +234,8 @@ class Linear(nn.Linear):
 def norm(x: Tensor) -> Tensor:
     """LayerNorm over the last axis, eps 1e-5; statistics in fp32, also for bf16.
 
-    It has no weights: modulate, which follows it, has a shift and a scale that depend on the time.
+    It has no weights. Before attention and MLP, modulate follows, whose shift and scale depend on
+    the time; q and k need none.
     """
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
@@ -248,26 +251,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) → (B, N, C·p·p): one token a patch, row by row, its values ordered (c, p, q)."""
+    """(B, C, H, W) → (B, N, C·p·p): one token a patch, row by row; its values are ordered by
+    channel, row, column."""
     B, C, H, W = x.shape
-    x = x.view(B, C, H // patch, patch, W // patch, patch)  # (B, C, h, p, w, p)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)  # (B, h·w, C·p·p)
+    x = x.view(B, C, H // patch, patch, W // patch, patch)  # (B, C, H/p, p, W/p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)  # (B, N, C·p·p)
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """(B, N, C·p·p) → (B, C, H, W): the inverse of patchify. AuraFlow unpacks (p, q, c) instead."""
+    """(B, N, C·p·p) → (B, C, H, W): the inverse of patchify. (AuraFlow's last linear orders a patch
+    by row, column, channel; common/auraflow.py reorders its weights.)"""
     B, h, w = tokens.shape[0], height // patch, width // patch
-    x = tokens.view(B, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, p, w, p)
+    x = tokens.view(B, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)  # (B, C, H/p, p, W/p, p)
     return x.reshape(B, -1, height, width)  # (B, C, H, W)
 
 
 def sines_2d(grid: int, dim: int) -> Tensor:
-    """(grid·grid, dim) fp32: half of the features tell the row, half the column (MAE, ViT).
+    """(grid·grid, dim) fp32: half of the features tell the row, half the column (as in MAE).
 
     Attention itself does not know where a token lies. Frequencies run from 1 down to 1/grid²
-    radians per step: the high ones tell neighbours apart, the low ones the two ends of the grid.
+    radians per row: the high ones tell neighbours apart, the low ones grow evenly over the grid.
     """
-    frequencies = torch.exp(-math.log(grid**2) * torch.arange(dim // 4) / (dim // 4))
+    frequencies = torch.exp(-math.log(grid**2) * torch.arange(dim // 4) / (dim // 4))  # (dim/4,)
     angles = torch.arange(grid)[:, None] * frequencies  # (grid, dim/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
     rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
@@ -294,10 +299,11 @@ class SwiGLU(nn.Module):
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] → cond (B, D): 256 sinusoids of 1000·t (cosines first), Linear-SiLU-Linear.
 
-    A network can hardly make a fast function of one number; sinusoids of many frequencies give it a
-    basis for any. They are fp32 whatever the weights are: bf16 would round t = 0.999 to 1. The
-    buffer is an integer, so `.bfloat16()` cannot change it. Every modulation of DiT starts with
-    a SiLU of cond; it is the same for all blocks, so it is computed here once.
+    A network cannot easily learn a function that changes quickly with one number; with sinusoids of
+    many frequencies it can (1000·t as in DiT and AuraFlow). They are fp32 whatever the weights are:
+    bf16 would round t = 0.999 to 1. The buffer is an integer, so `.bfloat16()` cannot change it.
+    In DiT every modulation starts with a SiLU of cond. It is the same for all blocks, so it is
+    computed here once.
     """
 
     N_SINUSOIDS = 256
@@ -319,8 +325,8 @@ class TimeEmbedding(nn.Module):
 # Blocks: a Stream owns weights, a block decides who attends to whom
 # ------------------------------------------------------------------------------------------------
 
-# Blocks are where almost all time is spent, so they are what is compiled (compile_blocks), and a
-# whole forward pass can be captured as a CUDA graph (sample_t2i.py --cudagraphs). This works
+# Almost all time is spent in blocks, so only blocks are compiled (compile_blocks), and a whole
+# forward pass can be captured as a CUDA graph (sample_t2i.py --cudagraphs). This works
 # because of four rules, which hold for every line of a block and of MMDiT.forward:
 #     static shapes       they follow from config and batch, never from values: no mask, no nonzero
 #     no host reads       no .item(), .tolist() or .cpu(): the host would wait for the device
@@ -341,9 +347,9 @@ class Modulation(NamedTuple):
 class Stream(nn.Module):
     """The weights of one token sequence in a block: modulation, q k v, output, MLP.
 
-    The gates start at zero (adaLN-zero), so at first every block passes its input on unchanged. A
-    deep network then starts as a shallow one and takes its blocks in step by step (DiT, section
-    3.2: better FID than other initialisations).
+    The gates start at zero (adaLN-zero), so at first each block is the identity. During training
+    the gates open and the blocks begin to contribute. (DiT, section 3.2: better FID than other
+    initialisations.)
     """
 
     def __init__(self, config: MMDiTConfig):
@@ -364,26 +370,28 @@ class Stream(nn.Module):
     def heads(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) → q, k, v, each (B, L, h, d).
 
-        q and k are normed for each head. Without that, their products grow during training until
-        the softmax picks a single token, its gradient vanishes and the loss explodes, above all in
-        bf16 and with high learning rates (ViT-22B, 2302.05442).
+        q and k are normed for each head. Without that, their products can grow during training
+        until the softmax is one-hot; its gradient vanishes, and training diverges (ViT-22B,
+        2302.05442).
         """
-        qkv = self.qkv(modulate(norm(x), mod.shift, mod.scale))
+        qkv = self.qkv(modulate(norm(x), mod.shift, mod.scale))  # (B, L, 3D)
         q, k, v = split_heads(qkv, 3, self.head_dim)
         return norm(q), norm(k), v
 
     def update(self, x: Tensor, attended: Tensor, attn: Modulation, mlp: Modulation) -> Tensor:
-        """x (B, L, D) after attention (its heads joined, (B, L, D)) and the MLP.
+        """Add attention and MLP to x. x and attended, its heads joined: (B, L, D).
 
-        prenorm:   x ← x + g·attention;      x ← x + g·mlp(mod(norm(x)))     (DiT)
-        auraflow:  y = x + g·attention;      x ← x + g·mlp(mod(norm(y)))
-        In AuraFlow the output of the attention reaches the residual stream only through the MLP.
+        prenorm:   x ← x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(x)))     (DiT)
+        auraflow:  y = x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(y)))
+        In AuraFlow the attention reaches the residual stream only through the MLP. `residual` has
+        one more effect: MMDiT.forward ends without a norm.
         """
         y = torch.addcmul(x, attn.gate, self.out(attended))
         stem = y if self.residual == "prenorm" else x
         return torch.addcmul(stem, mlp.gate, self.mlp(modulate(norm(y), mlp.shift, mlp.scale)))
 
     def flops(self, tokens: int) -> int:
+        """Of one image; its modulation is computed once, whatever the number of tokens."""
         return 2 * self.modulation.weight.numel() + 2 * tokens * sum(
             w.numel() for w in (self.qkv.weight, self.out.weight, *self.mlp.parameters())
         )
@@ -403,7 +411,7 @@ class KeyValueStream(nn.Module):
         self.kv = Linear(config.dim, 2 * config.dim, role="hidden")  # rows: [k; v]
 
     def heads(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
+        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         k, v = split_heads(self.kv(modulate(norm(x), shift, scale)), 2, self.head_dim)
         return norm(k), v
 
@@ -412,7 +420,7 @@ class KeyValueStream(nn.Module):
 
 
 def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
-    """(B, L, parts·D) → `parts` tensors (B, L, h, d), views: rows stay whole in memory."""
+    """(B, L, parts·D) → `parts` tensors (B, L, h, d): views, no copy."""
     B, L, D = x.shape
     return x.view(B, L, parts, D // parts // head_dim, head_dim).unbind(2)
 
@@ -446,7 +454,7 @@ class DoubleBlock(nn.Module):
         k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
         attended = attend(q, k, v)  # (B, L + N, D), or (B, N, D) without text queries
         if not isinstance(self.text, KeyValueStream):
-            L = text.shape[1]
+            L = text.shape[1]  # R + T
             text = self.text.update(text, attended[:, :L], text_attn, text_mlp)
             attended = attended[:, L:]
         return text, self.image.update(image, attended, image_attn, image_mlp)
@@ -471,9 +479,9 @@ class SingleBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """velocity = MMDiT(config)(x, t, text); see the file's head for the picture."""
+    """velocity = MMDiT(config)(x, t, text); the docstring of this file has a picture."""
 
-    TABLES = ("positions", "registers")  # matrices of rows that are added, not multiplied: vectors
+    TABLES = ("positions", "registers")  # two-dimensional, but not weight matrices: role "vector"
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -499,21 +507,22 @@ class MMDiT(nn.Module):
     def init_weights(self):
         """Every weight, once: by its role, then the two tables, which have a rule of their own.
 
-        Zero weights get no gradient as long as something behind them is zero, so the network wakes
-        up from its end. Step 1 moves only `final`. Step 2: patch_embed, positions and all
-        modulations that act on image tokens. Step 3: all that stands behind an open gate, and the
-        text. Step 4: the text's own updates in double blocks. Warm-up is longer than that.
+        A weight gets no gradient while a zero weight lies on every way from it to the output. So
+        training starts at the end of the network. Step 1 moves only `final`. Step 2 moves
+        patch_embed, positions, final_modulation, and the gates of image tokens. Step 3 moves all
+        that lies before an open gate, with text_embed and time_embed; step 4 the text's own updates
+        in double blocks. The warm-up is longer, so the rate is still small during these steps.
         """
         for module in self.modules():
             if isinstance(module, Linear):
                 if ROLES[module.role].init == "fan_in":
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                else:  # adaLN-zero: each block starts as the identity, the velocity as 0
+                else:  # each block starts as the identity, the velocity as 0, without the text
                     nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # Sines, where AuraFlow has N(0, 0.1²): the network then knows from the start which patches
-        # are neighbours, and objects hold together much earlier. Learned from there on.
+        # are neighbours, and objects become coherent much earlier. Learned from there on.
         self.positions.copy_(sines_2d(self.config.max_grid, self.config.dim))
         if self.registers is not None:
             nn.init.normal_(self.registers, std=0.02)
@@ -521,7 +530,7 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The velocity at x_t.
 
-        x (B, C, H, W) any float dtype; H and W multiples of the patch, at most max_grid patches.
+        x (B, C, H, W) any float dtype; H and W multiples of the patch, max_grid patches at most.
         t (B,) fp32 in [0, 1], 0 = data, 1 = noise. text (B, T, text_dim); padded rows are zero (no
         mask). Returns (B, C, H, W) in the dtype of the weights.
         Raises ValueError if a shape does not fit the config.
@@ -544,7 +553,7 @@ class MMDiT(nn.Module):
             for block in self.single_blocks:
                 tokens = block(tokens, cond)
             image = tokens[:, text.shape[1] :]  # (B, N, D)
-        shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)
+        shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         if self.config.residual == "prenorm":
             image = norm(image)  # as in DiT; AuraFlow has no norm here
         return unpatchify(self.final(modulate(image, shift, scale)), patch, H, W)
@@ -552,12 +561,12 @@ class MMDiT(nn.Module):
     def grid_positions(self, rows: int, columns: int) -> Tensor:
         """(rows·columns, D): the centre of the position table.
 
-        Most pictures have their subject in the middle, so pictures of every shape share the vectors
-        of the middle. diffusers does the same; minRF takes the first rows.
+        Pictures of all shapes use the same vectors for their middle, where the subject usually is.
+        diffusers does the same; minRF takes the first rows.
         """
         grid = self.config.max_grid
         top, left = grid // 2 - rows // 2, grid // 2 - columns // 2
-        table = self.positions.view(grid, grid, -1)
+        table = self.positions.view(grid, grid, -1)  # (grid, grid, D)
         return table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
 
     def _check(self, channels: int, height: int, width: int, text: Tensor):
@@ -581,8 +590,8 @@ class MMDiT(nn.Module):
         Blocks and not the whole model: all blocks of one kind share one compilation, so a network
         of 36 layers compiles as fast as one of 2. The names of the weights do not change.
         """
-        # One compilation for each bucket, with and without gradients: more than torch's limit of 8,
-        # after which it gives up.
+        # One compilation for each shape of image, with and without gradients. torch's limit is 8;
+        # beyond it compilation fails.
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(fullgraph=True, dynamic=False, **kwargs)
@@ -620,7 +629,7 @@ class MMDiT(nn.Module):
         }
 
     def role(self, parameter_name: str) -> str:
-        """The row of ROLES for a parameter: its Linear's role; "vector" for what is no matrix."""
+        """The row of ROLES for a parameter: its Linear's role; "vector" for biases and TABLES."""
         owner, _, kind = parameter_name.rpartition(".")
         module = self.get_submodule(owner)
         if isinstance(module, Linear) and kind == "weight":
@@ -641,11 +650,12 @@ class MMDiT(nn.Module):
             differs = (f"{k} {theirs[k]} (here {v})" for k, v in ours.items() if theirs[k] != v)
             raise ValueError(f"it is another network: {', '.join(differs)}")
         old, new = older.config.max_grid, self.config.max_grid
-        # The centre of a picture that fills the old table, on the new grid: grid_positions puts
-        # one with an odd number of rows half a row below the middle.
+        # Where the middle of the enlarged picture lies on the new grid. grid_positions begins at
+        # row new // 2 − rows // 2: the middle is new // 2 for an even number of rows, else ½ more.
         centre = new // 2 + round(old * scale) % 2 / 2
         at = (torch.arange(new) + 0.5 - centre) / scale + old / 2 - 0.5  # where each row lay
-        weights = (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)  # (new, old) hats
+        # Bilinear weights (new, old); outside the old table its edge is repeated.
+        weights = (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)
         weights[at < 0, 0], weights[at > old - 1, -1] = 1, 1
         state = older.state_dict()
         table = state["positions"].view(old, old, -1)
@@ -656,8 +666,8 @@ class MMDiT(nn.Module):
         """Forward FLOPs of one image (a multiply-add is 2); training costs three times as much.
 
         Matrix products only, exactly as torch's FlopCounterMode counts them. The usual estimate
-        6·N·tokens for training would claim 63 % too much for AuraFlow: a third of its weights are
-        modulations, which are used once per image and not once per token.
+        6·N·tokens for training would claim 63 % too much for AuraFlow at 256 pixels: a third of its
+        weights are modulations, which are used once per image and not once per token.
         """
         config, D = self.config, self.config.dim
         N = (height // config.patch_size) * (width // config.patch_size)
@@ -693,7 +703,7 @@ def save_model(path: str | Path, model: MMDiT, **sections):
     save_file(tensors, path / "model.safetensors.partial")
     contents = {"model": asdict(model.config), **sections}
     (path / "config.json.partial").write_text(json.dumps(contents, indent=2) + "\n")
-    # safetensors lets only the owner read
+    # save_file lets only the owner read its file; others on the cluster should be able to.
     shutil.copymode(path / "config.json.partial", path / "model.safetensors.partial")
     for name in ("model.safetensors", "config.json"):
         os.replace(path / f"{name}.partial", path / name)

@@ -9,24 +9,24 @@ The convention, stated here once for the whole project:
 
 From one point and its velocity both ends of the line follow:
         data = x_t − t·v,      noise = x_t + (1 − t)·v.
-So a network that predicts v also predicts the clean image and the noise. Nothing else is needed.
+So a prediction of v is also a prediction of the clean image and of the noise.
 
 Why this makes pictures. Many lines pass through one point x_t, because many pairs of data and noise
 meet there. The network sees only the point, so it cannot know which line it is on. The answer with
 the least squared error is the mean over these lines: v(x, t) = E[noise − data | x_t = x]. Let p_t
-be the density of x_t. It obeys the continuity equation ∂p_t/∂t + ∇·(p_t·v) = 0 with exactly this
-mean velocity, since the flow of probability through a point is the sum of what all lines carry.
-Hence points that follow dx/dt = v(x, t) have the density p_t at every t (Liu et al. 2022,
-2209.03003, Theorem 3.3). Start at t = 1 with Gaussian noise, integrate down to t = 0, and the
-results are distributed like the data. (The paper itself runs time backwards.)
+be the density of x_t. The current of probability at x is the sum over all lines through x, and this
+sum is p_t times the mean velocity. So p_t obeys the continuity equation ∂p_t/∂t + ∇·(p_t·v) = 0.
+Hence points that start with the density p_1, Gaussian noise, and follow dx/dt = v(x, t) from t = 1
+down to t = 0 end with the density p_0, that of the data (Liu et al. 2022, 2209.03003, Theorem 3.3).
+(The paper has t = 0 for noise and t = 1 for data.)
 
 The file, from top to bottom: the line and its velocity, the loss, random numbers, time, guidance,
 solvers, sampling, and then what builds on a first flow: pairs and pieces (reflow), averages of the
 weights. Read interpolate, velocity_target, rf_loss and sample first: these four are rectified flow.
 
 Shapes: x, data, noise (B, ...) of any rank; t (B,) fp32; text is whatever the model takes, with the
-batch first. A model may return bf16. States, losses and averages are fp32 or wider.
-Imports nothing of ours: the flow does not know the network.
+batch first. A model may return bf16. States are fp32 or wider, losses are fp32.
+This file imports no other file of the project: it works with any network.
 """
 
 import math
@@ -59,8 +59,8 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) → (B, 1, ...), to meet x (B, ...). Any other shape is an error and is not broadcast:
-    without the check, a (B,) against (B, C, H, W) would pair with W whenever B = W."""
+    """t (B,) → (B, 1, ...), to meet x (B, ...). As it is, a (B,) would broadcast against W,
+    silently if B = W. Any other shape is an error: a (1,) would broadcast over the batch."""
     if t.shape != x.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}, must be ({x.shape[0]},): one per sample")
     return t.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
@@ -77,9 +77,9 @@ def _same_shape(data: Tensor, noise: Tensor):
 
 LOSSES = ("mse", "pseudo_huber")
 
-# There is no weight on the loss. Which times matter is decided once, by the density from which t is
-# drawn (time_at): to draw a time twice as often and to weigh its loss twice have the same mean
-# gradient, and the first costs no extra variance.
+# The loss has no weighting over t. Which times matter is decided once, by the density from which t
+# is drawn (time_at). To draw a time twice as often gives the same expected gradient as to double
+# its loss, with less variance.
 
 
 def rf_loss(
@@ -88,17 +88,17 @@ def rf_loss(
     """The flow-matching loss of each sample, (B,) fp32: how far v(x_t, t) is from noise − data.
 
     With e = v − (noise − data):
-    "mse"            mean over the sample's values of e². Its minimiser is the conditional mean, on
-                     which the theorems of the flow rest.
-    "pseudo_huber"   √(‖e‖² + c²) − c, c = 0.00054·√dim (2310.14189, section 3.3). Large errors
-                     count less. Its minimiser is not the mean, so it suits reflow, where almost one
-                     line passes through each point, and not the first flow.
+    "mse"            mean over the sample's values of e². Its minimiser is the conditional mean,
+                     which the argument above needs.
+    "pseudo_huber"   √(‖e‖² + c²) − c, c = 0.00054·√dim (Song & Dhariwal 2023, 2310.14189, section
+                     3.3). Large errors count less. Its minimiser is not the mean. So use it for
+                     reflow, where hardly ever more than one line passes through a point, and not
+                     for the first flow.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r} must be one of {', '.join(LOSSES)}")
     velocity = model(interpolate(data, noise, t), t, text)
-    # The difference is taken in fp32. In bf16 (8 bits of precision) it would be mostly rounding as
-    # soon as the network is good.
+    # Difference, squares and mean are computed in fp32: bf16 would round each of them to 8 bits.
     error = velocity.float() - velocity_target(data, noise).float()
     error = error.reshape(len(error), -1)  # (B, dim)
     if loss == "mse":
@@ -136,9 +136,9 @@ def validation_loss(
 # ------------------------------------------------------------------------------------------------
 
 # A run must give the same result after a kill and on another number of GPUs. So no state of a
-# random generator is carried from step to step: whatever a sample needs is made anew from its
-# number.
-GOLDEN = (5**0.5 - 1) / 2  # steps of this size cover the unit interval evenly, however many
+# random generator is carried from step to step: the random values of a sample are computed from the
+# seed and the sample's number.
+GOLDEN = (5**0.5 - 1) / 2  # its first n multiples, modulo 1, cover [0, 1) evenly for every n
 
 
 def mix_seed(seed: int, purpose: str, number: int) -> int:
@@ -151,12 +151,13 @@ def mix_seed(seed: int, purpose: str, number: int) -> int:
 
 
 def generators(seed: int, purpose: str, numbers: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each number, from (seed, purpose, number) alone, on the CPU."""
+    """One generator for each number, from (seed, purpose, number) alone. On the CPU, so that the
+    values are the same on every machine."""
     return [torch.Generator().manual_seed(mix_seed(seed, purpose, n)) for n in numbers]
 
 
 def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
-    """One number in [0, 1) for each, from (seed, purpose, number) alone."""
+    """One value in [0, 1) for each number, from (seed, purpose, number) alone."""
     return [np.random.default_rng(mix_seed(seed, purpose, n)).random() for n in numbers]
 
 
@@ -165,20 +166,20 @@ def spread(n: int, generator: torch.Generator | None = None, device=None) -> Ten
 
     The loss varies strongly with t. If the times of a batch were independent, some batches would
     hold mostly hard times, and gradients would be noisier. Slices make every batch cover all of
-    time. Samples are shuffled, so each one still sees every time equally often (stratified
-    sampling).
+    time (stratified sampling). The data are in random order, so each image still gets every time
+    equally often.
     """
     u = torch.rand(n, generator=generator, device=device)
     return (torch.arange(n, device=device) + u) / n
 
 
 def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
-    """u (n,) fp32 in [0, 1) for samples at these positions of a run: like spread, without a batch.
+    """u (n,) fp32 in [0, 1) for samples at these positions: spread, without a batch to divide.
 
-    Neighbouring positions lie a golden step apart (a low-discrepancy sequence). So every run of
-    neighbours covers all of time evenly, whichever rank it lies on, and u depends on seed and
-    position alone.
+    Neighbouring positions lie a golden step apart (a low-discrepancy sequence). So any block of
+    positions covers all of time evenly, on every rank, and u depends on seed and position alone.
     """
+    # The clamp: rounding to fp32 may give 1.
     u = np.random.default_rng((seed, 1)).random() + np.array(positions, float) * GOLDEN
     return torch.tensor(u % 1, dtype=torch.float32).clamp(max=1 - 2**-24)
 
@@ -187,16 +188,16 @@ def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
 # Time: where to train, where to step
 # ------------------------------------------------------------------------------------------------
 
-# Training may draw t from any density. It is given by its quantile function, the inverse of the
-# distribution function: evenly spread numbers u go in, times with that density come out.
+# Training may draw t from any density. TIME_DISTRIBUTIONS gives each by its quantile function, the
+# inverse of the distribution function: evenly spread u go in, times with that density come out.
 
 # a in RF++'s p(t) ∝ e^{at} + e^{a(1−t)} (Lee et al. 2024, 2405.20320). This is the density that its
 # code draws from. The paper prints e^{at} + e^{−at}, which does not rise towards t = 0.
 U_SHAPE = 4.0
-TIME_DISTRIBUTIONS = {  # name → quantile function, u in (0, 1) → t in (0, 1)
+TIME_DISTRIBUTIONS = {  # name → quantile function, u in (0, 1) → t in (0, 1]
     "uniform": lambda u: u,
-    # t = sigmoid(z), z ~ N(0, 1): mostly the middle. Near t = 0 the best answer is about −data, and
-    # near t = 1 about noise − mean(data). Both are learned soon (SD3, eq. 19).
+    # t = sigmoid(z), z ~ N(0, 1) (SD3, eq. 19): mostly the middle. Near t = 0 the best answer is
+    # about −data, and near t = 1 about noise − mean(data). Both are easy, and learned soon.
     "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
     # Mostly both ends, for reflow: there the middle is easy, because paths are almost straight.
     # F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
@@ -208,11 +209,12 @@ TIME_DISTRIBUTIONS = {  # name → quantile function, u in (0, 1) → t in (0, 1
 
 
 def shift_time(t, shift: float):
-    """t' = α·t / (1 + (α − 1)·t): more time near the noise for α > 1; ends stay (SD3, eq. 23).
+    """t' = α·t / (1 + (α − 1)·t): for α > 1 more values near 1, the noise (SD3, eq. 23).
 
-    Neighbouring pixels of a large image say nearly the same, so their average removes the noise: at
-    the same t a large image is easier to guess than a small one. Its times move towards the noise,
-    with α = √(m/n) for m pixels against n. Training and sampling should use the same α.
+    Neighbouring pixels of a large image are nearly equal, so averaging them removes noise: at the
+    same t a large image is easier to guess than a small one. So the times of a large image are
+    shifted towards the noise, by α = √(m/n) for m pixels against n. Training and sampling should
+    use the same α. The ends stay where they are.
     t: float or tensor in [0, 1]; shift = α > 0.
     """
     if shift <= 0:
@@ -223,7 +225,7 @@ def shift_time(t, shift: float):
 def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -> Tensor:
     """u in [0, 1] → the u-quantile of the training times, shifted; t in (0, 1).
 
-    The ends are cut by 1e-6: there logit_normal would return an infinite z.
+    u and t are clamped, so that t is never exactly 0 or 1, where the line is one of its ends.
     """
     if distribution not in TIME_DISTRIBUTIONS:
         names = ", ".join(TIME_DISTRIBUTIONS)
@@ -253,8 +255,7 @@ def sample_time(
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     """The sampler's grid: steps + 1 times from 1 (noise) to 0 (data), even, then shifted.
 
-    The times of training are drawn at random; those of the sampler are a fixed grid. The shift is
-    the one thing that both share.
+    shift should be the one of training.
     """
     if steps < 1:
         raise ValueError(f"steps = {steps} must be at least 1")
@@ -276,10 +277,10 @@ def guided_velocity(
 ) -> Tensor:
     """v_null + cfg·(v_text − v_null): classifier-free guidance (Ho & Salimans 2022, 2207.12598).
 
-    v_text knows the caption, v_null does not, so their difference is what the caption adds. It
-    points towards images that the caption describes better than other captions do. To go further
-    in this direction (cfg > 1) gives images that follow the text more clearly and vary less. It
-    works only if training drops some captions: otherwise the network has never seen null_text.
+    v_text knows the caption and v_null does not, so their difference is what the caption adds. With
+    cfg > 1 the sampler follows it further than the data would: towards images from which the
+    caption can be guessed more surely. They follow the text more closely and vary less. This needs
+    a training that drops some captions: otherwise the network has never seen null_text.
 
     cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one. Both run as one
     batch of 2B: one forward pass keeps a GPU busier than two. null_text (1 or B, ...) like text.
@@ -288,10 +289,10 @@ def guided_velocity(
         return model(x, t, text)
     if null_text is None:
         raise ValueError(f"cfg = {cfg} needs null_text, the encoded empty caption")
-    both = torch.cat([text, null_text.expand_as(text)])
-    velocity = model(torch.cat([x, x]), torch.cat([t, t]), both)
-    # Widened first. The difference of two close bf16 numbers is exact, but its product with cfg and
-    # the sum would be rounded to bf16 again, at every step of the solver.
+    both = torch.cat([text, null_text.expand_as(text)])  # (2B, ...)
+    velocity = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, ...)
+    # Convert to fp32 first. The difference of two close bf16 numbers is exact, but the product with
+    # cfg and the sum would be rounded to bf16 again, at every step of the solver.
     v_text, v_null = velocity.to(torch.promote_types(velocity.dtype, torch.float32)).chunk(2)
     return v_null + cfg * (v_text - v_null)
 
@@ -301,8 +302,8 @@ def guided_velocity(
 # ------------------------------------------------------------------------------------------------
 
 
-# A solver's error comes from the curvature of the path. On straight paths every solver is exact in
-# one step, which is the reason for reflow.
+# A solver's error comes from the curvature of the path. On straight paths of constant speed every
+# solver is exact in one step. Reflow aims at such paths.
 
 
 def euler_step(v, x, t, h):
@@ -313,9 +314,9 @@ def euler_step(v, x, t, h):
 def heun_step(v, x, t, h):
     """Second order (error as 1/steps²), two evaluations: the mean of the slopes at both ends.
 
-    A step that ends at t = 0 is Euler's, as in EDM (Karras et al. 2022, 2206.00364, Algorithm 1):
-    at t = 0 the input holds no noise, so the network cannot tell noise − data from it. One such
-    step does not change the order.
+    A step that ends at t = 0 is Euler's, as in EDM (Karras et al. 2022, 2206.00364, Algorithm 1).
+    It needs no velocity at t = 0, where training has almost no samples. One such step does not
+    change the order.
     """
     slope = v(x, t)
     if t + h == 0:
@@ -326,8 +327,9 @@ def heun_step(v, x, t, h):
 def rf_solver_step(v, x, t, h):
     """Second order, two evaluations: RF-Solver (2411.04746), x + h·v + ½h²·v'.
 
-    With its finite difference at half a step, v' = (v(x + h/2·v, t + h/2) − v) / (h/2), the two
-    terms in v cancel: what is left is h times the midpoint's slope, the classical midpoint method.
+    v' is the derivative of v along the path. RF-Solver takes it as a finite difference over half a
+    step, v' = (v(x + h/2·v, t + h/2) − v) / (h/2). Put in, this gives x + h times the velocity at
+    the midpoint: the classical midpoint method.
     """
     return x + h * v(x + h / 2 * v(x, t), t + h / 2)
 
@@ -350,6 +352,7 @@ def integrate(
 ) -> Tensor:
     """Follow the velocity from x at times[0] to times[-1], one solver step per pair of times.
 
+    The order of the times gives the direction: sample passes falling ones, invert rising ones.
     The states are fp32 even if the model computes in bf16: many small steps are added up, and bf16
     would lose those that are below 1/256 of x.
     """
@@ -419,9 +422,9 @@ def invert(
 ) -> Tensor:
     """Data → the noise that sample would turn into it: the same integral from t = 0 to t = 1.
 
-    An ODE can be run in both directions, so an image has its own noise. Sample from that noise with
-    another caption, and the image is edited (experiments/edit.py). Errors of the way in come back
-    on the way out, hence the second-order solver as the default.
+    An ODE can be run in both directions, so each image has its own noise. Sample from that noise
+    with another caption, and the image is edited (experiments/edit.py). An error of the inversion
+    appears in the result too, so the default solver is of second order.
     Arguments and result as in sample; the trajectory starts with the data.
     """
     return integrate(
@@ -449,13 +452,14 @@ def straightness(
     """S = ∫₀¹ ‖(x₁ − x₀) − v(x_t, t)‖² dt along each sample's own trajectory, (B,) ≥ 0.
 
     0 if and only if the path is straight and its speed constant: then one Euler step is exact. The
-    mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path is Euler's on
-    `steps` even steps, so the chord of each step is the velocity that it followed.
+    mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path has `steps` even
+    Euler steps. So the difference of two states over the step size is the model's velocity, and no
+    second evaluation is needed.
     """
     options = {"null_text": null_text, "cfg": cfg, "steps": steps}
     path = sample(model, noise, text, return_trajectory=True, **options)
-    path = path.reshape(steps + 1, len(noise), -1)  # (S+1, B, dim)
-    velocities = (path[:-1] - path[1:]) * steps  # (S, B, dim): d x / d t; t falls by 1/S per step
+    path = path.reshape(steps + 1, len(noise), -1)  # (steps + 1, B, dim)
+    velocities = (path[:-1] - path[1:]) * steps  # (steps, B, dim): t falls by 1/steps each time
     return (path[0] - path[-1] - velocities).square().sum(2).mean(0)
 
 
@@ -464,11 +468,12 @@ def straightness(
 # ------------------------------------------------------------------------------------------------
 
 
-# The lines of a first flow cross: data and noise are paired at random. Where they cross the network
-# answers with their mean, so the paths that it produces bend, and a bent path needs many steps.
-# Reflow pairs each noise with the image that the first flow makes of it. Paths of an ODE never
-# cross, so lines between these pairs cross far less, and the paths of a second flow, trained on
-# them, are straighter (Liu et al. 2022, 2209.03003, section 2.2).
+# The lines of a first flow cross: data and noise are paired at random. Where lines cross, the
+# network predicts the mean of their velocities, so its paths bend, and a bent path needs many
+# steps. Reflow pairs each noise with the image that the first flow makes of it. Paths of an ODE
+# never cross, and the lines between their ends cross far less than random ones (measured in
+# docs/reflow.md). So a second flow, trained on these lines, has straighter paths (Liu et al. 2022,
+# 2209.03003, section 2.2).
 
 
 def reflow_states(
@@ -476,13 +481,13 @@ def reflow_states(
 ) -> Tensor:
     """The path of the model from this noise, at segments + 1 points: (B, segments + 1, ...).
 
-    The first state is the noise, the last the data that the model makes of it. A new flow trained
-    with squared error on lines between such pairs makes the same distribution, at no higher
-    transport cost, on straighter paths (Liu et al. 2022, 2209.03003, Theorems 3.3, 3.5, 3.7).
-    With K segments the states between, at timesteps(K, shift), come along. Then only pieces of the
-    path must become straight, for K steps instead of one (PeRFlow, 2405.07510).
-    options: those of sample. Guidance is part of the pairs, so the new flow needs none (InstaFlow,
-    2309.06380). Raises ValueError if segments do not divide steps.
+    The first state is the noise, the last the data that the model makes of it. A new flow, trained
+    with squared error on lines between such pairs, makes the same distribution (Liu et al. 2022,
+    2209.03003, Theorem 3.3) at no higher transport cost (3.5); repeated, its paths become straight
+    (3.7). With K segments the states at timesteps(K, shift) are returned too. Then each piece alone
+    must become straight, and sampling takes K steps (PeRFlow, 2405.07510).
+    options: those of sample. The pairs are made with guidance, so the new flow is sampled without
+    (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
     """
     if segments < 1 or steps % segments:
         raise ValueError(f"steps = {steps} must be a multiple of segments = {segments}")
@@ -500,22 +505,24 @@ def line(
     shift: float = 1.0,
     beta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The line that one training step learns: → data, noise (B, ...), t (B,), for rf_loss.
+    """For each sample the line and the time to train on: → data, noise (B, ...), t (B,).
 
-    One function for every coupling of data and noise, so both trainers have no branch for reflow.
+    One function for every coupling of data and noise, so neither trainer has a branch for reflow.
     states (B, K + 1, ...): a path that is known at K + 1 points, from the noise to the data.
         K = 0  Only the data is known, and any noise may go with it: `fresh_noise` (B, ...). This is
                the first flow. shift moves t (shift_time).
-        K ≥ 1  Noise and data belong together; an older flow made them. This is reflow. shift is
-               that of the grid on which the states lie, timesteps(K, shift).
+        K ≥ 1  Noise and data belong together; an older flow made them. This is reflow. The states
+               lie at timesteps(K, shift): shift must be the one that made them. It does not move t.
     u (B,) in [0, 1), evenly spread: TIME_DISTRIBUTIONS[time] turns it into times.
-    segments: straight pieces of the path; they must divide K, and be 1 at K = 0. u·segments is cut
-        into its whole part, the piece counted from the noise, and its fraction, which gives the
+    segments: number of straight pieces of the path. It must divide K, and be 1 at K = 0. The whole
+        part of u·segments is the number of the piece, 0 next to the noise; the fraction gives the
         time inside the piece. With time="start" this is distillation in `segments` steps.
-    beta in [0, 1]: share of fresh noise, from the coupling of the first flow (1) to the reflowed
-        one (0): √(1 − β²)·noise + β·fresh, which keeps variance 1. Lowered during training, it lets
-        reflow start where the first flow ended (SlimFlow, 2407.12718). Needs segments = 1.
-    Raises ValueError if they do not fit.
+    beta in [0, 1]: noise becomes √(1 − β²)·noise + β·fresh. 1 is the coupling of the first flow, 0
+        that of reflow. Lowered during training, it lets reflow start where the first flow ended
+        (SlimFlow, 2407.12718). Both noises have variance 1, and so has the sum; with 1 − β and β it
+        would be less, and sampling starts at variance 1. Needs segments = 1, since pieces do not
+        start at noise.
+    Raises ValueError if segments or beta are not allowed.
     """
     K = states.shape[1] - 1
     if K == 0 and segments == 1:
@@ -524,8 +531,8 @@ def line(
         raise ValueError(f"segments = {segments} must divide the {K} of the states")
     times = _grid(segments, shift, u.device)
     piece = (u * segments).long().clamp(max=segments - 1)  # (B,): rounding may reach `segments`
-    above, below = times[piece], times[piece + 1]
-    inside = time_at(u * segments - piece, time)
+    above, below = times[piece], times[piece + 1]  # (B,) each
+    inside = time_at(u * segments - piece, time)  # (B,)
     t = (below + inside * (above - below)).clamp(1e-6, 1 - 1e-6)
     data, noise = line_at(states, fresh_noise, t, segments=segments, shift=shift)
     if beta:
@@ -538,7 +545,7 @@ def line(
 def line_at(
     states: Tensor, fresh_noise: Tensor, t: Tensor, *, segments: int = 1, shift: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The straight piece on which t (B,) lies, prolonged to t = 0 and t = 1: → data, noise.
+    """The straight piece on which t (B,) lies, extended to t = 0 and t = 1: → data, noise.
 
     So x_t = (1 − t)·data + t·noise lies on the piece, and noise − data is its slope: rf_loss needs
     no change for pieces. At a time where two pieces meet the lower one (nearer to the data) is
@@ -548,20 +555,20 @@ def line_at(
     K = states.shape[1] - 1
     if K == 0:
         return states[:, 0], fresh_noise
-    states = states[:, :: K // segments]
+    states = states[:, :: K // segments]  # (B, segments + 1, ...)
     if segments == 1:
         return states[:, 1], states[:, 0]
     times = _grid(segments, shift, states.device)
-    piece = (times[1:-1] >= t[:, None]).sum(1)  # (B,): how many pieces lie above
+    piece = (times[1:-1] >= t[:, None]).sum(1)  # (B,): how many pieces lie nearer to the noise
     rows = torch.arange(len(states), device=states.device)
-    upper, lower = states[rows, piece], states[rows, piece + 1]
+    upper, lower = states[rows, piece], states[rows, piece + 1]  # (B, ...) each
     velocity = (upper - lower) / _per_sample(times[piece] - times[piece + 1], upper)
     data = lower - _per_sample(times[piece + 1], lower) * velocity
     return data, data + velocity
 
 
 def _grid(steps: int, shift: float, device) -> Tensor:
-    """timesteps as a tensor, made on the device: a list would have to wait for a copy."""
+    """timesteps as a tensor, made on the device: a list would need a copy from the host."""
     return shift_time(1 - torch.arange(steps + 1, device=device) / steps, shift)
 
 
@@ -577,9 +584,9 @@ def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
 
 
 # While the learning rate is high the weights do not settle: each batch pushes them about, around a
-# point that moves slowly. Their average over the last part of the run lies nearer to that point, so
-# all pictures and validation losses here are those of an average. It is kept in fp32: late in a run
-# one step moves it by (γ + 1)/t of its distance to the weights, which bf16 would round to nothing.
+# point that moves slowly. Their average over the last part of the run lies nearer to that point. So
+# all pictures and validation losses here use averaged weights. An average is kept in fp32: at step
+# n it moves by (γ + 1)/n of its distance to the weights, which bf16 would soon round to nothing.
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -594,18 +601,18 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
 
 def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
-    """From its next step on, AdamW also averages the weights that it steps on.
+    """From its next step on, AdamW also averages the weights that it updates.
 
     Each weight gets a state "ema_<width>" beside Adam's moments, θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ in fp32.
-        θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1}   (EDM2, eq. 127), exact at t = 1, 2, …
+        θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1},   t = 1, 2, … steps   (EDM2, eq. 127)
     An exponential average has a fixed length in steps: too short for a long run, and for a short
     one so long that it still holds the initial weights. This one has a width that is a share of the
     run so far (the standard deviation of its profile), so one value suits every length.
     t is counted in each parameter group as "updates". The averages are states of the optimizer, so
-    they are saved, split and loaded with it: by AdamW.state_dict, and by ZeRO-2, which splits
-    states by their shape. The hook runs when AdamW has stepped, so a skipped step does not count. A
-    hook and not a subclass: DeepSpeed asks for the exact type. Call it before DeepSpeed wraps the
-    optimizer.
+    AdamW.state_dict saves and loads them, and ZeRO-2, under which AdamW's weights are flat shards,
+    holds shards of them too: no rank could keep a whole one. The hook runs after a step of AdamW,
+    so a skipped step does not count. It is a hook and not a subclass, because DeepSpeed accepts
+    AdamW itself and no class made of it. Call it before DeepSpeed takes the optimizer over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -626,16 +633,16 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
 
 
 def average_name(width: float) -> str:
-    """The name of the average of this relative width: the optimizer's state, and file names."""
+    """The name of the average of this relative width, as a state of the optimizer."""
     return f"ema_{width:.2f}"
 
 
 @torch.no_grad()
 def exchange_averages(adamw: torch.optim.Optimizer, name: str):
-    """Swap every weight that AdamW steps on with its average, in place; twice changes nothing.
+    """Swap every weight that AdamW updates with its average; a second call restores both.
 
-    To evaluate, swap, draw, and swap back. In parts of 64 MiB, so that no second copy of the
-    weights is held.
+    To evaluate, swap, draw, and swap back. In place, because the network's weights are views of
+    this memory; in parts of 64 MiB, so that no second copy of the weights is held.
     """
     for group in adamw.param_groups:
         for weight in group["params"]:
@@ -650,10 +657,11 @@ def exchange_averages(adamw: torch.optim.Optimizer, name: str):
 def posthoc_coefficients(
     snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float
 ) -> np.ndarray:
-    """Weights with which stored averages best make one that was never kept (EDM2, section 3.2).
+    """Coefficients with which stored averages best make one that was not stored (EDM2, section
+    3.2).
 
-    snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints;
-    (step, sigma_rel) the wanted one, not later than the last. Returns one coefficient a snapshot:
+    snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints.
+    step, sigma_rel: of the wanted one, not later than the last. Returns one coefficient a snapshot:
     least squares between the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on [0, T], whose inner products
     are closed forms, then divided by their sum: a mean of weights must not rescale them.
     """

@@ -3,9 +3,9 @@
     python train_mnist.py                          MNIST, or glyphs where it cannot be downloaded
     python train_mnist.py --data cifar10           colour
     python train_mnist.py --data data/my           images of your own (tools/prepare.py)
-    python train_mnist.py --data PAIRS --init RUN --out RUN2    straighten a run (tools/pairs.py)
-    python train_mnist.py --resume                 continue where the last run stopped
-    python train_mnist.py --dry-run                the whole path in one step
+    python train_mnist.py --data PAIRS --init RUN --out RUN2    reflow: pairs of RUN
+    (tools/pairs.py) python train_mnist.py --resume                 continue where the last run
+    stopped python train_mnist.py --dry-run                one step, then everything else
 
 What comes out, in --out: samples.png (one column for each class), samples.gif (from noise to
 digit), curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged weights),
@@ -42,8 +42,8 @@ from common.start import NOTHING, STOP, Signals, begin, choose_device, program, 
 from inputs.rows import Batch, DataOptions, Rows
 from mmdit import PRESETS, RESIDUALS, MMDiT, fitted
 
-# What a run leaves in its folder: the files that make it a run, and the only ones that --overwrite
-# deletes.
+# What a run leaves in its folder. If one of these exists, the folder holds a run; --overwrite
+# deletes only these.
 FILES = (
     "checkpoint.pt",
     "log.csv",
@@ -56,17 +56,17 @@ FILES = (
 )
 LOG_EVERY = 20  # steps in one row of log.csv
 # β₂ = 0.99 averages squared gradients over 100 steps; Adam's usual 0.999 is too slow for short
-# runs. eps is added to a denominator. Gradients shrink with the width, so a usual 1e-8 would slow
-# down wide networks only, and the learning rate would no longer transfer (muP).
+# runs. eps is added to the root of the mean square of the gradient. Gradients shrink with the
+# width: the usual 1e-8 would slow down wide networks only, and the rate would not transfer (muP).
 BETAS, EPS = (0.9, 0.99), 1e-15
-CLIP = 1.0  # largest global gradient norm: one odd batch must not throw the weights far away
+CLIP = 1.0  # largest global gradient norm: limits the effect of one unusual batch
 
 # ------------------------------------------------------------------------------------------------
 # 1 Settings
 # ------------------------------------------------------------------------------------------------
 
 # What a device can do in a few minutes. A CPU takes a narrow network and small batches; a GPU would
-# be idle with them.
+# be mostly idle with them.
 RECIPES = {
     "cpu": {"preset": "digits", "batch_size": 64, "steps": 7500},
     "gpu": {"preset": "digits-wide", "batch_size": 256, "steps": 20000},
@@ -89,15 +89,15 @@ class Settings(DataOptions):
         group="data",
     )
     # The network. The preset gives width and depth; the data gives channels, grid and classes.
-    preset: str = option("digits", "shape", choices=PRESETS, fixed=True, group="network")
+    preset: str = option("digits", "its size", choices=PRESETS, fixed=True, group="network")
     patch_size: int | None = option(None, "pixels a side of a token (None: fits)", fixed=True)
     residual: str | None = option(None, "how a block adds up", choices=RESIDUALS, fixed=True)
     init: Path | None = option(
         None, "start from this run's weights, with its data and network", local=True
     )
 
-    # Training. lr holds at every width (muP), so it need not change with the preset. The time,
-    # shift and loss of rf.py; segments and anneal are for pairs of tools/pairs.py only.
+    # Training. lr holds at every width (muP), so it need not change with the preset. rf.py explains
+    # time, shift and loss; segments and anneal are for pairs (tools/pairs.py) only.
     steps: int = option(7500, "optimizer steps", least=1, fixed=True, group="training")
     batch_size: int = option(64, "images a step", least=1, fixed=True)
     lr: float = option(6e-3, "learning rate at the base width; holds over width", fixed=True)
@@ -105,7 +105,7 @@ class Settings(DataOptions):
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
     ema: float = option(0.05, "width of the weights' average, a share of the run", fixed=True)
     shift: float = option(1.0, "above 1: more time near the noise", above=0, fixed=True)
-    time: str = option("logit_normal", "where", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
+    time: str = option("logit_normal", "density", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
@@ -126,9 +126,9 @@ class Settings(DataOptions):
     dry_run: bool = option(False, "one step of everything, in a temporary folder", local=True)
 
     def __post_init__(self):
-        """Options that do not fit together, before any work is done."""
+        """Refuse options that contradict each other, before any work is done."""
         super().__post_init__()
-        rf.gamma_from_sigma_rel(self.ema)
+        rf.gamma_from_sigma_rel(self.ema)  # ValueError for a width that no average has
         if self.anneal > 1:
             raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
         if self.resume and (self.overwrite or self.dry_run or self.init):
@@ -144,7 +144,7 @@ def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) 
     """The batch of a step, from (seed, step) alone.
 
     Because no random state is carried from step to step, a resumed run sees exactly the batches
-    that it would have seen. rf.spread gives the times: evenly spread over the batch.
+    that it would have seen. u is spread evenly over the batch; rf.line makes times of it.
     """
     B, device = settings.batch_size, generator.device
     generator.manual_seed(rf.mix_seed(settings.seed, "step", step))
@@ -155,20 +155,21 @@ def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) 
     # guidance needs.
     dropped = torch.rand(B, **random) < rows.dropout if rows.dropout else None
     u, noise = rf.spread(B, **random), torch.randn(shape, **random)
-    vae_noise = torch.randn(shape, **random) if rows.random else None  # picks a latent of the VAE
+    # A VAE gives a distribution of latents for each image; this noise samples one.
+    vae_noise = torch.randn(shape, **random) if rows.random else None
     return Batch(stored, text, dropped, u, noise, vae_noise)
 
 
 def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generator):
     """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². → loss, gradient norm, on the device.
 
-    The two results stay on the device. To print a number, the host must wait until the device has
-    computed it, and the device then waits for the host: log.py reads them once in LOG_EVERY steps.
+    The two results stay on the device. To read a number, the host waits until the device has
+    computed it, and then the device waits for new work. So log.py reads once in LOG_EVERY steps.
     """
     # states (B, K + 1, C, h, w): the data alone (K = 0), or the known points of a path (pairs)
     states, text, u, noise = rows.encode(draw(rows, settings, step, generator), generator.device)
-    # One line for each sample: its two ends and the time at which the network is asked. For the
-    # first flow the ends are the image and fresh noise.
+    # One line for each sample, by its two ends, and the time t at which the network is trained. For
+    # the first flow the ends are the image and fresh noise.
     data, noise, t = rf.line(
         states,
         noise,
@@ -182,7 +183,7 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
     loss = rf.rf_loss(model, data, text, t=t, noise=noise, loss=settings.loss).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    # Groups have different rates (muP); the schedule multiplies all of them by the same share.
+    # base_lr is the group's own rate, from muP's table (build); the schedule scales all of them.
     for group in adamw.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(settings, step)
     adamw.step()  # moves the weights, and then their average (rf.keep_averages)
@@ -193,14 +194,14 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
 def learning_rate(settings: Settings, step: int) -> float:
     """The share of the base rate at a step (from 0): linear warm-up, then a line down to zero.
 
-    Warm-up: Adam's second moments are estimates from few batches at first, and a full rate would
-    follow their errors. The line to zero: large steps find a good region, small ones its bottom.
+    Warm-up: Adam's first estimates come from few batches and are noisy, so full steps would be too.
+    The line to zero: smaller steps at the end reduce the noise of the weights.
     """
     return min((step + 1) / settings.warmup_steps, 1) * (1 - step / settings.steps)
 
 
 def annealing(settings: Settings, step: int) -> float:
-    """Share of fresh noise in pairs (rf.line): from 1 to 0 over the first `anneal` of the run."""
+    """beta of rf.line: from 1 (fresh noise) to 0 (pairs) over the first share `anneal` of a run."""
     steps = round(settings.anneal * settings.steps)  # 0: pairs from the first step on
     return 1 - step / steps if step < steps else 0.0
 
@@ -217,12 +218,13 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
     if a loss or gradient was not finite; weights after such a step are never saved.
     """
     device = model.positions.device
-    # Images count, not steps: so the speed can be compared between batch sizes.
     generator, B = torch.Generator(device), settings.batch_size
     h, w = max(rows.sides())
-    # For the bar: FLOPs of an image, and the peak of the device, whose ratio gives the MFU.
+    # For the bar's MFU (model FLOPs utilisation): FLOP/s that the run reaches over the device's
+    # peak.
     flops, peak = model.flops_per_image(h, w, rows.text.tokens), device_peak(device)
-    bar = progress_bar(settings.steps * B, step * B)  # counts images; the resumed ones are no speed
+    # The bar counts images, so that speeds can be compared between batch sizes.
+    bar = progress_bar(settings.steps * B, step * B)
     with bar, Signals() as signals:
         request = NOTHING
         while step < settings.steps and request != STOP:
@@ -231,19 +233,19 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
             lr = settings.lr * learning_rate(settings, step)
             step += 1
             row = log.end_step(step, step * B, norm, lr=lr)
-            if row:  # once in LOG_EVERY steps: the only time the host waits for the device
+            if row:  # once in LOG_EVERY steps: here, and to save, the host waits for the device
                 check_finite(log, row, path)
                 show(bar, row, flops, peak)
             request = signals.take()
             if request or step % settings.checkpoint_every == 0 or step == settings.steps:
-                check_finite(log, log.flush(), path)  # the steps that no row holds yet
+                check_finite(log, log.flush(), path)  # the steps since the last row, too
                 save(path, model, adamw, rows, settings, log, step)
             bar.update(B)
     return step
 
 
 def check_finite(log: Log, row: dict | None, path: Path):
-    """Stop a run that has diverged: from NaN weights it would train on for hours, to no end."""
+    """Stop a run that has diverged: with NaN weights further training is useless."""
     if row and log.bad_step:
         left = f"{path} is from before" if path.exists() else "nothing was saved"
         raise FloatingPointError(
@@ -257,7 +259,8 @@ def check_finite(log: Log, row: dict | None, path: Path):
 # ------------------------------------------------------------------------------------------------
 # A resumed run restores the weights, AdamW's moments and its counts of steps, the average, the
 # settings and the rows of log.csv. It need not restore random generators or a place in the data:
-# both follow from seed and step. So the rest of the run is the same to the last bit.
+# both follow from seed and step. So the rest of the run is the same to the last bit (on a CPU; GPUs
+# add up in an order that may differ from run to run).
 
 
 def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int):
@@ -300,7 +303,7 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
     sizes = {"channels": channels, "text_dim": text_dim, "sides": sides}
     patch, residual = settings.patch_size, settings.residual
     model = MMDiT(fitted(settings.preset, **sizes, patch_size=patch, residual=residual)).to(device)
-    if settings.init and not state:  # a larger picture stretches the position table
+    if settings.init and not state:  # for larger pictures start_from stretches the position table
         older = Pipeline.open(settings.init)
         model.start_from(older.model, settings.size / older.facts["size"])
     if state and state["config"] != asdict(model.config):
@@ -328,7 +331,7 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
 
 
 def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int, out: Path):
-    """Leave the averaged weights, their held-out loss, and what they draw."""
+    """Write the averaged weights, their validation loss, and pictures that they draw."""
     # From here on the model holds the averaged weights. The checkpoint with the real ones is
     # written already, and nothing trains any more, so they need not be swapped back.
     rf.exchange_averages(adamw, rf.average_name(settings.ema))
@@ -342,7 +345,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     frames, _ = draw_asked(model, rows, wanted, settings, device, Ranks(), trajectory=True)
     row = {"samples": samples, "loss": sum(losses) / len(losses)}
     row |= {f"loss_t{i}/8": loss for i, loss in enumerate(losses)}
-    write_rows(out / "eval.csv", [])  # a resumed run that ends again replaces its row
+    write_rows(out / "eval.csv", [])  # one row, also if the run is finished a second time
     append_row(out / "eval.csv", row)
     captions, columns = [wanted.captions[i] for i in wanted.shown], COLUMNS
     # Digits: a column for each class. Captioned rows: a sheet with a caption above each picture.
@@ -358,8 +361,8 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
 
 @program("train_mnist.py")
 def main(argv: list[str] | None = None):
-    """Everything before and after the loop. The order matters: whatever can be refused is refused
-    before a file is written, and what was there is deleted last."""
+    """Everything before and after the loop. The order matters: all checks come before the first
+    file is written, and an old run is deleted only when they have passed."""
     started, typed = time.time(), parse(Settings, argv, __doc__, RECIPES)
     device = choose_device(typed.get("device", "auto"))
     begin(device)
@@ -375,17 +378,17 @@ def main(argv: list[str] | None = None):
             f"--out {out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
         )
-    # 2. All settings, from what was typed, saved, and known of the data; and the rows.
+    # 2. Combine the settings of the command line, the checkpoint and the data; open the data.
     recipe = RECIPES["cpu" if device.type == "cpu" else "gpu"]
     saved = state.get("settings", {})
     settings, rows = settle_run(Settings, typed, saved, device, lambda preset: recipe)
     if state and state["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
-    if settings.dry_run:  # the real path, in one step
+    if settings.dry_run:  # all that a real run does, with one step
         settings = replace(settings, steps=1, sample_steps=1)
-    # 3. Network and optimizer. 4. The folder. 5. Train.
+    # 3. Network and optimizer.
     model, adamw = build(settings, rows, state, device)
-    # A dry run does everything in a folder that is deleted, so it can be tried beside a real run.
+    # 4. The folder. That of a dry run is deleted, so it can be tried beside a real run.
     with tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out) as folder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -394,6 +397,7 @@ def main(argv: list[str] | None = None):
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # rows after the checkpoint will come again
         write_rows(log.path, log.rows)
+        # 5. Train, and leave the results.
         path = folder / "checkpoint.pt"
         step = train(model, adamw, rows, settings, log, state.get("step", 0), path)
         finish(model, adamw, rows, settings, log, step, folder)

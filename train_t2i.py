@@ -9,8 +9,8 @@
     deepspeed train_t2i.py --data PAIRS --init RUN --out RUN2    straighten a run (tools/pairs.py)
     deepspeed train_t2i.py --data data/my512 --init runs/my256 --out runs/my512
 
-Start reading at train_step() and train(), in part 4: the step is that of chapter 1, and all that is
-new stands around it.
+Start reading at train_step() and train(), in part 4. The step is that of chapter 1; the new parts
+are around it.
 
     1 settings      one line for each option, and what each machine can do
     2 samples       which samples each rank reads: one endless row, shared out
@@ -22,19 +22,19 @@ One sample on its way:
 
     position --Rows.draw--> what is stored, caption, u, noise      in a worker process
              --Rows.encode--> states, text, u, noise               on the device
-             --rf.line--> data, noise, t                           the ends of a line, and a time on
-             it
+             --rf.line--> data, noise, t                           a line, and a time on it
              --rf.rf_loss--> loss                                  through DeepSpeed's engine
              --backward, step--> shards                            gradients, AdamW, averages
 
-Words. A rank is one process with one GPU. A step moves the weights once; it may take several passes
-(micro-batches) of each rank, whose gradients add up. A sample is one image with its caption.
-Lengths and intervals are counted in samples, so they mean the same at any batch size and number of
-GPUs.
+Words. A rank is one process, with one GPU or on the CPU. A step moves the weights once. It may take
+several passes (micro-batches) of each rank, whose gradients are averaged. A sample is one image
+with its caption. Lengths and intervals are counted in samples, so they mean the same at any batch
+size and number of GPUs.
 
 What comes out, in --out: checkpoints/, model.safetensors + config.json (the averaged weights, at
 the end), samples.png (a sheet with its captions), progress.png (one row for each evaluation),
-curves.png, log.csv, eval.csv. ds_config.json holds all that DeepSpeed is told.
+curves.png, log.csv, eval.csv. ds_config.json holds DeepSpeed's settings; what it leaves "auto"
+comes from the command line.
 """
 
 import atexit
@@ -90,15 +90,15 @@ EMA_WIDTHS = (0.05, 0.10)
 # 1 Settings and recipes
 # ------------------------------------------------------------------------------------------------
 
-# What a machine can do in reasonable time. The network is mmdit's preset of the same name. tiny:
-# two CPU cores, 25 minutes, a small world of shapes, 25 image tokens. The others are for GPUs and
-# the whole world; they were chosen by reasoning and have not run yet.
+# What a machine can do in reasonable time. The network is mmdit's preset of the same name. tiny and
+# tiny-wide are for two CPU cores: 25 minutes (tiny), few shapes and colours, 25 image tokens. The
+# others are for GPUs, with all shapes and colours; they were chosen by reasoning and have not run.
 RECIPE = (
     "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
     "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
 )  # fmt: skip
 RECIPES = {
-    # size, shapes, colours, places: of the world. Lengths in samples. The last: samples in a pass.
+    # The first four describe the world of shapes. The last is the largest micro-batch.
     "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000, 256),
@@ -127,12 +127,13 @@ class Settings(DataOptions):
     DATA = "shapes"  # the data if --data is not given
     # Workers prepare batches ahead. On a CPU they would compete with the training for its cores.
     workers: int | None = option(None, "loader processes a rank (0 on a CPU, else 4)", local=True)
-    # Data larger than the local disk: chunks are copied ahead of their use and deleted after it.
+    # For data that does not fit on the local disk: its files (chunks of rows) are copied before
+    # they are used and deleted afterwards.
     stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
     stage_limit: float = option(100.0, "GB that it may hold", above=0, local=True)
 
-    # The network. precision: bf16 halves memory and time of the network on a GPU; ZeRO-2 keeps fp32
-    # weights beside it, on which AdamW steps.
+    # The network. precision: bf16 halves the memory of weights and activations and is faster on a
+    # GPU; ZeRO-2 keeps fp32 weights beside them, which AdamW updates.
     preset: str = option("tiny", ", ".join(RECIPES), choices=RECIPES, fixed=True, group="network")
     residual: str | None = option(None, "auraflow: can be exported", choices=RESIDUALS, fixed=True)
     init: Path | None = option(
@@ -142,27 +143,27 @@ class Settings(DataOptions):
     precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"), fixed=True)
 
     # Training. batch_size changes the result and is fixed; micro_batch changes only memory and
-    # speed. lr holds at every width (muP): it was searched with tiny. shift 2: on small pictures of
-    # large forms, more time near the noise, where the network decides what stands where.
+    # speed. lr holds at every width (muP): it was searched with tiny. shift 2 was best on shapes:
+    # near the noise the network decides what stands where, and the pictures have few details.
     samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
     batch_size: int = option(64, "samples a step, of all ranks together", least=1, fixed=True)
     # A larger pass uses a GPU better until its memory is full; the steps stay the same.
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
-    most_at_once: int = option(64, "without it the largest that fits, up to this", least=1)
+    most_at_once: int = option(64, "limit of an automatic micro-batch", least=1)
     lr: float = option(4e-3, "learning rate at the base width; holds over width", fixed=True)
     warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
     cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
     shift: float = option(2.0, "above 1: more time near the noise", above=0, fixed=True)
-    time: str = option("logit_normal", "where", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
+    time: str = option("logit_normal", "density", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
     # A step whose gradient is not finite is skipped.
     max_bad_steps: int = option(20, "stop after so many in a row not finite", least=1)
 
-    # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time to a
-    # validation loss, which counts speed and quality in one number.
+    # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time
+    # until a validation loss is reached measures speed and quality together.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
     cfg: float = option(3.0, "guidance of the pictures")
@@ -185,7 +186,7 @@ class Settings(DataOptions):
     threads: int | None = option(None, "CPU threads a rank (cores / ranks)", least=1, local=True)
 
     def __post_init__(self):
-        """Options that do not fit together, before any work is done."""
+        """Refuse options that contradict each other, before any work is done."""
         super().__post_init__()
         if self.anneal > 1:
             raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
@@ -196,8 +197,8 @@ class Settings(DataOptions):
 def learning_rate(settings: Settings, step: int) -> float:
     """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0.
 
-    A constant rate with a late line down, and not a cosine over the whole run: a large run can then
-    be looked at before it is decided how long it shall be. (The line of tiny spans its whole run.)
+    A high rate learns fast, and the line down reduces the noise of the weights at the end. Large
+    presets keep the full rate for most of the run; the line of tiny spans its whole run.
     """
     steps = -(-settings.samples // settings.batch_size)
     warmup = max(1, settings.warmup_samples / settings.batch_size)
@@ -206,7 +207,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def annealing(settings: Settings, seen: int) -> float:
-    """Share of fresh noise in pairs (rf.line): from 1 to 0 over the first `anneal` of the run."""
+    """beta of rf.line: from 1 (fresh noise) to 0 (pairs) over the first share `anneal` of a run."""
     samples = settings.anneal * settings.samples
     return 1 - seen / samples if seen < samples else 0.0
 
@@ -214,11 +215,11 @@ def annealing(settings: Settings, seen: int) -> float:
 # ------------------------------------------------------------------------------------------------
 # 2 The row of samples, shared out among ranks
 # ------------------------------------------------------------------------------------------------
-# A run reads one endless row of samples, numbered by position. What stands at a position (image,
-# caption, whether the caption is dropped, noise, time) depends on seed and position alone. Step k
-# takes the positions k·B … k·B + B − 1, however many ranks share them. So the result does not
-# depend on the number of ranks, and a resumed run needs to know one number: how many samples it has
-# seen.
+# A run reads one endless sequence of samples, numbered by position. What stands at a position
+# (image, caption, whether the caption is dropped, noise, time) depends on the seed, the batch size
+# B and the position alone. Step k takes the positions k·B … k·B + B − 1, however many ranks share
+# them. So, up to rounding, the result does not depend on the number of ranks, and a resumed run
+# needs to know one number: how many samples it has seen.
 
 
 class Samples(Dataset):
@@ -238,8 +239,8 @@ class Samples(Dataset):
 class RankPositions:
     """The positions of one rank's micro-batches, from `seen` on: an endless iterator of lists.
 
-    With 2 ranks and micro-batches of 3, rank 0 reads 0 1 2, 6 7 8, …, and rank 1 3 4 5, 9 10 11, …
-    A whole step takes ranks · passes · micro_batch positions, one after another.
+    With 2 ranks and micro-batches of 3, rank 0 reads [0 1 2] [6 7 8] …, rank 1 [3 4 5] [9 10 11] …
+    A step takes ranks · passes · micro_batch consecutive positions.
     """
 
     def __init__(self, seen: int, micro_batch: int, ranks: Ranks):
@@ -271,7 +272,7 @@ def loader(
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_trainer,
-            persistent_workers=workers > 0,  # one iterator for the whole run
+            persistent_workers=workers > 0,
         )
     )
 
@@ -283,14 +284,14 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _end_workers():
     """Kill the workers at exit: they ignore SIGTERM, and the program would wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch reports killed workers as an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def _leave_signals_to_the_trainer(worker: int):
     """Launchers send signals to the whole process tree. The trainer still needs batches from its
-    workers to end its step and save, so workers ignore them."""
+    workers to end its step and save, so workers ignore these signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -306,7 +307,7 @@ def _leave_signals_to_the_trainer(worker: int):
 #     group     parameters that share a learning rate and decay, laid end to end in one flat row
 #     shard     this rank's 1/N of that row, fp32: what AdamW steps on
 #
-# One step on two ranks:
+# One step on two ranks, with a batch of 64:
 #
 #              rank 0                               rank 1
 #     weights  all, bf16                            all, bf16
@@ -325,8 +326,8 @@ def start_ranks(threads: int | None = None) -> Ranks:
     """Join the other ranks, as the launcher's environment says; alone without a launcher.
 
     deepspeed and torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. For a
-    single process we set them ourselves, so there is one code path. threads: of the CPU, for each
-    rank; None shares the cores out.
+    single process we set them ourselves, so there is one code path. threads: CPU threads of each
+    rank; None: cores / ranks of this machine.
     """
     if find_spec("deepspeed") is None:  # chapter 1 does without it
         raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
@@ -340,7 +341,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
         os.environ |= {key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()}
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
-    import deepspeed  # takes seconds: not before --help has been answered
+    import deepspeed  # a slow import: only when the options have been read
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = local_device()
@@ -349,8 +350,8 @@ def start_ranks(threads: int | None = None) -> Ranks:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
     deepspeed.init_distributed(verbose=False)
-    # A second group, over the network cards of the hosts: for what lies in host memory, so that no
-    # GPU is asked. A re-cut of a large checkpoint takes long, hence the timeout.
+    # A second group of all ranks, with gloo, for tensors and objects in host memory: it never waits
+    # for a GPU. To repartition a large checkpoint takes long, hence the timeout.
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
@@ -369,7 +370,7 @@ def local_device() -> torch.device:
 def native_bf16(device: torch.device) -> bool:
     """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles.
 
-    Other CPUs compute bf16 in fp32 and convert, three times slower.
+    Most other CPUs convert bf16 to fp32 and back for each product: about three times slower.
     """
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -379,19 +380,22 @@ def native_bf16(device: torch.device) -> bool:
 def read_ds_config(settings: Settings, ranks: int) -> dict:
     """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings.
 
-    A value that stands in both places would one day differ, and DeepSpeed would take its own: so
-    the file says "auto" for whatever the command line knows, and anything else there must agree.
+    A value that stands in the file and on the command line could differ, and DeepSpeed would use
+    the file's. So the file says "auto" for whatever the command line knows, and anything else there
+    must agree.
     """
     file = settings.ds_config
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--ds-config {file} cannot be read: {error}") from error
-    # Stage 3 splits the weights themselves; offloading moves AdamW's states to the host. Both would
-    # take the averages and their exchange out of reach. fp16 needs a loss scale; bf16 does not.
+    # With stage 3 (split weights) or offloaded states, averages and weights would not lie side by
+    # side on this device, and exchange_averages could not swap them. fp16 would need a loss scale.
     zero = config.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
-        raise ValueError(f'{file}: "stage" {zero.get("stage")} must be 2 (or 1), see train_t2i.py')
+        raise ValueError(
+            f'{file}: "stage" {zero.get("stage")} must be 2 (or 1): part 3 of train_t2i.py'
+        )
     for key, holder in {"offload_optimizer": zero, "fp16": config}.items():
         if key in holder:
             raise ValueError(f'{file}: "{key}" is not supported here: take it out')
@@ -431,8 +435,9 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
 class Requests:
     """A signal reaches one rank; all ranks must save or stop at the same step, or they hang.
 
-    Each step sends its flags on their way over gloo, in host memory, and reads those of the step
-    before. So nobody waits for a device, and every rank acts one step later than asked.
+    Each step starts an asynchronous all-reduce of the requests, over gloo in host memory, and reads
+    the result of the step before. So no rank waits, and all act together, one step later than
+    asked.
     """
 
     def __init__(self, group):
@@ -449,8 +454,8 @@ class Requests:
         return int(before[1])
 
     def saved(self):
-        """A checkpoint has just been written: what was asked for before it is done."""
-        if self.in_flight is not None:  # the greatest of all ranks: they decide alike
+        """A checkpoint has just been written: drop a request to save that is still under way."""
+        if self.in_flight is not None:  # the maximum is the same on all ranks: all decide alike
             work, flag = self.in_flight
             work.wait()
             if int(flag) == SAVE:
@@ -459,7 +464,7 @@ class Requests:
 
 @contextmanager
 def averaged(engine, adamw, width: float):
-    """Inside, the weights of every rank are an average; afterwards they are themselves again.
+    """Inside, the model holds averaged weights, on every rank; afterwards the trained ones again.
 
     Averages and fp32 weights lie in the same shards, so each rank swaps its own part, and DeepSpeed
     then gathers the network's weights from the shards as it does after every step.
@@ -487,7 +492,7 @@ def train_step(run: "Run", batches: Iterator[Batch]):
     for _ in range(engine.gradient_accumulation_steps()):
         with record_function("part batch"):
             batch = next(batches)
-        with record_function("part encode"):  # on the device: VAE's sample, text features
+        with record_function("part encode"):  # on the device: sample latents, encode the text
             states, text, u, noise = rows.encode(batch, engine.device)
             data, noise, t = rf.line(
                 states,
@@ -508,7 +513,7 @@ def train_step(run: "Run", batches: Iterator[Batch]):
 
 
 def train(run: "Run"):
-    """The loop: every rank runs it, and all take the same turns.
+    """The loop. All ranks run it and make the same decisions at the same step.
 
     An evaluation or a save is work of all ranks together, so no rank may decide on it alone: seen
     is the same everywhere, and requests are exchanged. A stop saves but does not evaluate, because
@@ -527,7 +532,7 @@ def train(run: "Run"):
                 run.evaluate(bar)
             if run.passed("save_every_samples") or request == SAVE:
                 run.save()
-                bar.unpause()  # the speed leaves the save out
+                bar.unpause()  # the save does not count for the speed
         run.log.flush()
         if not run.stopped:
             run.evaluate(bar)
@@ -537,8 +542,8 @@ def train(run: "Run"):
 class Run:
     """All that changes while training: network, optimizer, position, log.
 
-    step: how often the weights have moved, skipped steps included. seen: samples read so far; the
-    one number that places a run in its data.
+    step: number of steps, skipped ones included. seen: number of samples read so far; it determines
+    which sample comes next.
     """
 
     def __init__(self, settings: Settings, rows: Rows, ranks: Ranks, record: dict | None):
@@ -549,8 +554,8 @@ class Run:
         self.stopped, self.copier, self.evals = False, None, []
         device = local_device()
         sides = rows.sides()
-        # The network: the preset's, with the channels, text features and grid of the data. All
-        # ranks start with the same weights, since they have the same seed.
+        # Build the network of the preset for the channels, text features and grid of the data. All
+        # ranks have the same seed, so they start with the same weights.
         torch.manual_seed(settings.seed)  # no step draws from global state
         sizes = {"channels": rows.latent_channels, "text_dim": rows.text.dim, "sides": list(sides)}
         model = MMDiT(fitted(settings.preset, **sizes, residual=settings.residual))
@@ -559,7 +564,8 @@ class Run:
             older = Pipeline.open(settings.init)
             model.start_from(older.model, settings.size / older.facts["size"])
         model.to(device)
-        # FLOPs of a mean sample, for the MFU: buckets of other shapes have other numbers of tokens.
+        # Average FLOPs of a sample over all shapes of images, for the MFU (model FLOPs
+        # utilisation).
         tokens = settings.text_tokens
         self.flops = sum(
             share * model.flops_per_image(h, w, tokens) for (h, w), share in sides.items()
@@ -567,21 +573,21 @@ class Run:
         # Compiled blocks on GPUs: each is one graph, of which Triton makes a few large kernels.
         cuda = device.type == "cuda" and find_spec("triton") is not None
         if settings.compile == "on" or (settings.compile == "auto" and cuda):
-            model.compile_blocks()  # before DeepSpeed wraps the model: the keys stay as they are
+            model.compile_blocks()  # in place, so the names of the parameters do not change
         # The optimizer: one group for each learning rate of muP's table. One launch moves all
         # weights of a group (fused).
         groups = model.param_groups(settings.lr, settings.weight_decay)
         fused = device.type in ("cpu", "cuda")
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
         rf.keep_averages(self.adamw, EMA_WIDTHS)  # before DeepSpeed takes the optimizer over
-        # torch's own scheduler: it multiplies the rate of each group. DeepSpeed's WarmupLR would
-        # set one rate for all, and muP would be lost.
+        # torch's LambdaLR scales the rate of each group. DeepSpeed's WarmupLR would give all groups
+        # the same rate, and muP would be lost.
         rate = partial(learning_rate, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
         # DeepSpeed takes model and optimizer over: it casts the weights to bf16, makes fp32 shards
         # of them, and puts those into the optimizer's groups.
         config = read_ds_config(settings, ranks.count)
-        if record and record["world_size"] != ranks.count:
+        if record and record["world_size"] != ranks.count:  # load() will repartition the checkpoint
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -590,7 +596,7 @@ class Run:
             config=config,
             dist_init_required=False,
         )
-        # What the evaluations will ask, and the log, which rank 0 writes.
+        # Choose the captions of the evaluations; open the log, which rank 0 writes.
         self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
@@ -600,7 +606,8 @@ class Run:
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         pinned = self.engine.device.type == "cuda"
         batches = loader(self.rows, self.settings, self.seen, micro_batch, self.ranks, pinned)
-        if self.copier is not None:  # a thread: started when the workers have been forked
+        # A thread. It starts after the workers: to fork a process with threads can deadlock.
+        if self.copier is not None:
             self.copier.begin(self.seen)
         return batches
 
@@ -608,7 +615,7 @@ class Run:
         """Count, log, show. Raises FloatingPointError after too many steps that were skipped.
 
         DeepSpeed skips a step whose gradient is not finite: a rare overflow must not end a run of
-        weeks. Many in a row mean that the weights have diverged, and going on would be in vain.
+        weeks. Many in a row mean that the weights have diverged, and further training is useless.
         """
         settings = self.settings
         self.step += 1
@@ -617,14 +624,15 @@ class Run:
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
         if self.copier is not None:
             self.copier.passed(self.seen)
-        # The rate of the step that has just been made. A skipped step does not move the schedule.
+        # The rate of the step that has just been made: engine.step() has moved the schedule on by
+        # one, unless the step was skipped.
         lr = settings.lr * learning_rate(settings, self.schedule.last_epoch - (not skipped))
         loss, norm = self.log.losses[-1], self.engine.get_global_grad_norm()
         skips = self.engine.skipped_steps
         row = self.log.end_step(self.step, self.seen, norm, lr=lr, skipped=skips)
         if self.bad_in_row >= settings.max_bad_steps:
-            # The gradient is a sum over ranks, so all of them see NaN. Whose loss was it? One GPU
-            # that computes wrongly is found this way.
+            # The gradient is a mean over ranks, so all of them see NaN. Name the ranks whose own
+            # loss is not finite: this identifies a faulty GPU.
             finite = self.ranks.gather(bool(loss.isfinite()))
             bad = [str(rank) for rank, fine in enumerate(finite) if not fine]
             where = f"on rank {', '.join(bad)}" if bad else "in the gradient alone"
@@ -659,7 +667,7 @@ class Run:
         if self.evals and self.evals[-1]["samples"] == self.seen:
             return
         settings, device = self.settings, self.engine.device
-        # The narrower average: of a run that still learns the wider one lies too far behind.
+        # The narrower average: during training the wider one lags too far behind.
         with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
             by_time = validation(model, self.rows, settings, device, self.ranks)
             frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
@@ -667,7 +675,7 @@ class Run:
         loss = sum(finite) / len(finite) if finite else nan
         row = {"samples": self.seen, "loss": loss}
         row |= {f"loss_t{i}/8": value for i, value in enumerate(by_time)} | scores
-        self.evals.append(row)  # on every rank: all must take the same turns after a resume
+        self.evals.append(row)  # on every rank, so that all skip the same evaluation (above)
         if self.ranks.rank == 0:
             out = settings.out
             captions = [self.asked.captions[i] for i in self.asked.shown]
@@ -682,7 +690,7 @@ class Run:
             self.monitor({f"Eval/{key}": value for key, value in row.items()})
             score = f", score {scores['mean']:.3f}" if scores else ""
             bar.write(f"{self.seen} samples: validation loss {loss:.4f}{score}")
-        bar.unpause()  # the speed leaves the evaluation out
+        bar.unpause()  # the evaluation does not count for the speed
         # The losses were gathered, so every rank comes to the same decision.
         target = settings.target_eval_loss
         self.stopped |= target is not None and loss <= target
@@ -690,7 +698,7 @@ class Run:
     def save(self):
         """Write checkpoints/<samples>, whole or not at all, and delete all but the last `keep`.
 
-        Raises OSError if this rank could not write: the checkpoints before it stand untouched.
+        Raises OSError if this rank could not write: earlier checkpoints are not changed.
         """
         if self.saved_at == self.seen:  # just saved, for another reason
             return
@@ -723,7 +731,7 @@ class Run:
         self.evals, self.log.rows = record["evals"], record["log"]
 
     def open(self):
-        """Begin the files of the run, or cut them to what the checkpoint knew."""
+        """Create the run's files, or remove the rows that were written after the checkpoint."""
         settings, out = self.settings, self.settings.out
         if self.ranks.rank == 0:
             if settings.overwrite:
@@ -731,7 +739,7 @@ class Run:
                     shutil.rmtree(out / name, ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
             if self.seen < settings.samples:
-                for name in ("model.safetensors", "config.json"):  # of an earlier end
+                for name in ("model.safetensors", "config.json"):  # from when it stopped before
                     (out / name).unlink(missing_ok=True)
             write_rows(out / "eval.csv", self.evals)
             write_rows(out / "log.csv", self.log.rows)
@@ -749,16 +757,17 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 # 5 Save and resume
 # ------------------------------------------------------------------------------------------------
 # A checkpoint is a folder, one a save, whole or not there at all:
-#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages  (pickles: only your own)
+#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages  (pickles: see
+# load_shard)
 #     mp_rank_*        DeepSpeed's copy of the weights
 #     run.json         settings, facts, position, log: what the trainer itself remembers
-# A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint re-cuts it.
+# A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint repartitions it (Run.load).
 #
 # A resume restores the fp32 weights, AdamW's moments and its counts of steps, the averages, the
 # schedule, the number of samples seen, log and evaluations. Random generators, the order of the
 # data and the loader's place need not be restored: they follow from seed and position. On the same
-# number of ranks the rest of the run is equal to the bit; on another number sums run in another
-# order.
+# number of ranks (and on CPUs) the rest of the run is bit-identical. On another number the order of
+# sums, and so the rounding, differs.
 
 PARTIAL, UNIVERSAL = "partial", "universal"  # folders beside the checkpoints; safe to delete
 
@@ -767,7 +776,7 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
     """Every rank writes its shard into partial/; rank 0 then renames the folder.
 
     A rename is one operation of the file system. So a reader finds the whole checkpoint or none,
-    whenever the power fails. Older ones go only when the new one stands.
+    whenever the power fails. Older checkpoints are deleted after the new one is complete.
     """
     partial, target = folder / PARTIAL, folder / f"{record['samples']:012d}"
     first = ranks.rank == 0
@@ -789,7 +798,8 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
             (folder / "latest.partial").write_text(target.name)
             os.replace(folder / "latest.partial", folder / "latest")  # for DeepSpeed's own tools
             for old in checkpoints(folder)[:-keep]:
-                os.replace(old, folder / PARTIAL)  # a half-deleted folder must not keep the name
+                # Rename first: an interrupted deletion must not look like a checkpoint.
+                os.replace(old, folder / PARTIAL)
                 shutil.rmtree(folder / PARTIAL)
     except (OSError, RuntimeError) as error:  # torch's writer: RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
@@ -824,14 +834,15 @@ def read_record(path: Path) -> dict:
 
 
 def to_universal(path: Path, ranks: Ranks):
-    """Re-cut a checkpoint for another number of ranks, as DeepSpeed's universal checkpoint.
+    """Repartition a checkpoint for another number of ranks: DeepSpeed's universal checkpoint.
 
     It holds one file for each parameter and state, from which any number of ranks can take its
     shards. It is as large as the checkpoint, and is deleted when it has been loaded.
     """
     target = path.parent / UNIVERSAL
-    # DeepSpeed's converter is a program; it has no function to call.
-    failed = torch.zeros(1)  # rank 0 tells the others, which would wait for ever
+    # The converter runs as a program of its own: it reads DeepSpeed's pickles with all their
+    # classes and starts processes, neither of which belongs into a trainer.
+    failed = torch.zeros(1)  # broadcast below, or the other ranks would wait for ever
     if ranks.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
@@ -842,7 +853,7 @@ def to_universal(path: Path, ranks: Ranks):
         if done.returncode:
             print(done.stdout, done.stderr, file=sys.stderr)
             failed += 1
-        else:  # ds_to_universal knows Adam's own states only; its reader takes any
+        else:  # it converts Adam's states only, but the loader takes more: add the averages
             for name in map(rf.average_name, EMA_WIDTHS):
                 for parameter, average in read_averages(path, [name])[name].items():
                     file = target / path.name / "zero" / parameter / f"{name}.pt"
@@ -858,8 +869,7 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
     """Weights, moments, averages and schedule from a checkpoint, or its universal one."""
     where = path.parent / UNIVERSAL if universal else path.parent
     loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
-    # DeepSpeed warns and goes on when it finds nothing. Without its counts of updates an average
-    # would start anew from the next step.
+    # DeepSpeed only warns if it finds nothing. Without "updates" the averages would start again.
     if loaded is None or any("updates" not in group for group in adamw.param_groups):
         raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
     for parameter, state in adamw.state.items():
@@ -871,9 +881,9 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
 
 
 def launch(typed: dict):
-    """Everything before and after the loop. Whatever can be refused is refused before a file is
-    written, and what was there is deleted last."""
-    # 1. The other ranks, and the run that is there: resume it, replace it, or refuse.
+    """Everything before and after the loop. All checks come before the first file is written, and
+    an old run is deleted only when they have passed."""
+    # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     present, record = checkpoints(out / "checkpoints"), None
     if present and typed.get("resume"):
@@ -886,16 +896,16 @@ def launch(typed: dict):
     device, stage = local_device(), typed.get("stage")
     if stage is not None:  # each run has a folder of its own there
         stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
-    # 2. All settings, from what was typed, saved, and known of the data; and the rows.
+    # 2. Combine the settings of the command line, the checkpoint and the data; open the data.
     saved = record["settings"] if record else {}
     # The default of --precision depends on the machine, but a resumed run keeps what it had.
     own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
     settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
     if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
-    # 3. Data that lies far away: chunks are copied ahead of their use.
+    # 3. Data on slow storage: copy chunks before they are used.
     copier = None
-    if stage is not None:  # held-out rows are read from there at once
+    if stage is not None:  # before Run, which reads held-out rows from there
         if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
             copier = Copier(rows, settings.stage_limit * 1e9)
         dist.barrier(group=ranks.group)
