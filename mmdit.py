@@ -98,7 +98,8 @@ class MMDiTConfig:
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden width of the SwiGLU: 8/3 dim, so that 3 matrices cost what 2 of 4 dim would."""
+        """Hidden width of the SwiGLU: 8/3·dim. Its 3 matrices then cost as much as the 2 matrices
+        of a plain MLP of hidden width 4·dim."""
         return math.ceil(int(8 * self.dim / 3) / self.mlp_multiple_of) * self.mlp_multiple_of
 
     @property
@@ -144,10 +145,10 @@ def fitted(
     """The preset's network, fitted to the data.
 
     sides: all (h, w) that it will see. patch_size: None takes the largest patch that divides them
-    all and is no larger than the preset's. It must be at least 3 if the preset's is: smaller
-    patches give more tokens, and attention costs their square. residual: "auraflow" also sets
-    AuraFlow's number of registers and rounding of the MLP, so that the network can be exported
-    (common/auraflow.py). Raises ValueError if no patch fits.
+    all and is no larger than the preset's. This choice never goes below 3, unless the preset's own
+    patch is smaller: small patches give many tokens, and attention costs their square. residual:
+    "auraflow" also sets AuraFlow's number of registers and rounding of the MLP, so that the network
+    can be exported (common/auraflow.py). Raises ValueError if no patch fits.
     """
     config = PRESETS[preset]
     patches = range(config.patch_size, min(3, config.patch_size) - 1, -1)
@@ -188,8 +189,8 @@ def fitted(
 # so decay·m keeps the product the same at every width (CompleteP, 2505.01618). Inputs of a fixed
 # size (patch values, sinusoids, text features) have m = 1. At the start weights and inputs are
 # independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
-# The text's projection starts at zero, as in AuraFlow. Weight decay limits the size of products;
-# biases, positions and registers are added, so they do not decay.
+# The text's projection starts at zero, as in AuraFlow. Weight decay limits the size of products.
+# Biases and positions are added, and registers are tokens of their own, so they do not decay.
 # `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py and
 # experiments/lr_transfer.py measure it.
 
@@ -247,7 +248,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     it must repair details, and shift and scale let the same weights do both. 1 + scale: a
     modulation that starts at zero changes nothing.
     """
-    return torch.addcmul(shift, x, 1 + scale)  # one kernel
+    return torch.addcmul(shift, x, 1 + scale)  # product and sum in one kernel
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -269,7 +270,7 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 def sines_2d(grid: int, dim: int) -> Tensor:
     """(grid·grid, dim) fp32: half of the features tell the row, half the column (as in MAE).
 
-    Attention itself does not know where a token lies. Frequencies run from 1 down to 1/grid²
+    Attention itself does not know where a token lies. Frequencies fall from 1 almost to 1/grid²
     radians per row: the high ones tell neighbours apart, the low ones grow evenly over the grid.
     """
     frequencies = torch.exp(-math.log(grid**2) * torch.arange(dim // 4) / (dim // 4))  # (dim/4,)
@@ -299,8 +300,9 @@ class SwiGLU(nn.Module):
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] → cond (B, D): 256 sinusoids of 1000·t (cosines first), Linear-SiLU-Linear.
 
-    A network cannot easily learn a function that changes quickly with one number; with sinusoids of
-    many frequencies it can (1000·t as in DiT and AuraFlow). They are fp32 whatever the weights are:
+    If its input is one number, a network cannot easily learn a function of it that changes quickly.
+    It can if it gets sinusoids of many frequencies instead (of 1000·t, as in AuraFlow). They are
+    fp32 whatever the weights are:
     bf16 would round t = 0.999 to 1. The buffer is an integer, so `.bfloat16()` cannot change it.
     In DiT every modulation starts with a SiLU of cond. It is the same for all blocks, so it is
     computed here once.
@@ -325,14 +327,14 @@ class TimeEmbedding(nn.Module):
 # Blocks: a Stream owns weights, a block decides who attends to whom
 # ------------------------------------------------------------------------------------------------
 
-# Almost all time is spent in blocks, so only blocks are compiled (compile_blocks), and a whole
-# forward pass can be captured as a CUDA graph (sample_t2i.py --cudagraphs). This works
-# because of four rules, which hold for every line of a block and of MMDiT.forward:
+# Almost all time is spent in blocks, so only blocks are compiled (compile_blocks). A whole forward
+# pass can also be captured as a CUDA graph (sample_t2i.py --cudagraphs). Both work because of four
+# rules, which hold for every line of a block and of MMDiT.forward:
 #     static shapes       they follow from config and batch, never from values: no mask, no nonzero
 #     no host reads       no .item(), .tolist() or .cpu(): the host would wait for the device
 #     no branches         on values of tensors; `if` asks the config and shapes only
 #     no host data        no tensor is built from Python numbers; tables are parameters or buffers
-# tests/test_mmdit.py holds them: blocks compile as one graph (no branch), are not compiled again
+# tests/test_mmdit.py checks them: blocks compile as one graph (no branch), are not compiled again
 # for the same shapes, and a recorder of operators (tests/host_reads.py) sees no read by the host.
 
 
@@ -512,12 +514,13 @@ class MMDiT(nn.Module):
         patch_embed, positions, final_modulation, and the gates of image tokens. Step 3 moves all
         that lies before an open gate, with text_embed and time_embed; step 4 the text's own updates
         in double blocks. The warm-up is longer, so the rate is still small during these steps.
+        (With the auraflow residual the attention gates, and all before them, move one step later.)
         """
         for module in self.modules():
             if isinstance(module, Linear):
                 if ROLES[module.role].init == "fan_in":
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                else:  # each block starts as the identity, the velocity as 0, without the text
+                else:  # at the start each block is the identity, velocity and embedded text are 0
                     nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -666,8 +669,8 @@ class MMDiT(nn.Module):
         """Forward FLOPs of one image (a multiply-add is 2); training costs three times as much.
 
         Matrix products only, exactly as torch's FlopCounterMode counts them. The usual estimate
-        6·N·tokens for training would claim 63 % too much for AuraFlow at 256 pixels: a third of its
-        weights are modulations, which are used once per image and not once per token.
+        6·parameters·tokens for training would claim 63 % too much for AuraFlow at 256 pixels: a
+        third of its weights are modulations, which are used once per image and not once per token.
         """
         config, D = self.config, self.config.dim
         N = (height // config.patch_size) * (width // config.patch_size)

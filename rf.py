@@ -14,11 +14,11 @@ So a prediction of v is also a prediction of the clean image and of the noise.
 Why this makes pictures. Many lines pass through one point x_t, because many pairs of data and noise
 meet there. The network sees only the point, so it cannot know which line it is on. The answer with
 the least squared error is the mean over these lines: v(x, t) = E[noise − data | x_t = x]. Let p_t
-be the density of x_t. The current of probability at x is the sum over all lines through x, and this
-sum is p_t times the mean velocity. So p_t obeys the continuity equation ∂p_t/∂t + ∇·(p_t·v) = 0.
-Hence points that start with the density p_1, Gaussian noise, and follow dx/dt = v(x, t) from t = 1
-down to t = 0 end with the density p_0, that of the data (Liu et al. 2022, 2209.03003, Theorem 3.3).
-(The paper has t = 0 for noise and t = 1 for data.)
+be the density of x_t. The current of probability at x is the sum of the velocities of all lines
+through x, each weighted by its density: p_t times the mean velocity. So p_t obeys the continuity
+equation ∂p_t/∂t + ∇·(p_t·v) = 0. Hence points that start with the density p_1, Gaussian noise, and
+follow dx/dt = v(x, t) from t = 1 down to t = 0 end with the density p_0, that of the data (Liu et
+al. 2022, 2209.03003, Theorem 3.3). (The paper has t = 0 for noise and t = 1 for data.)
 
 The file, from top to bottom: the line and its velocity, the loss, random numbers, time, guidance,
 solvers, sampling, and then what builds on a first flow: pairs and pieces (reflow), averages of the
@@ -59,8 +59,8 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) → (B, 1, ...), to meet x (B, ...). As it is, a (B,) would broadcast against W,
-    silently if B = W. Any other shape is an error: a (1,) would broadcast over the batch."""
+    """t (B,) → (B, 1, ...), to meet x (B, ...). Without this, t would broadcast against the last
+    axis, W, silently if B = W. Any other shape is an error: a (1,) would broadcast over B."""
     if t.shape != x.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}, must be ({x.shape[0]},): one per sample")
     return t.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
@@ -78,8 +78,8 @@ def _same_shape(data: Tensor, noise: Tensor):
 LOSSES = ("mse", "pseudo_huber")
 
 # The loss has no weighting over t. Which times matter is decided once, by the density from which t
-# is drawn (time_at). To draw a time twice as often gives the same expected gradient as to double
-# its loss, with less variance.
+# is drawn (time_at). To draw a time twice as often gives, up to scale, the same expected gradient
+# as to double its loss, and usually with less variance.
 
 
 def rf_loss(
@@ -136,8 +136,8 @@ def validation_loss(
 # ------------------------------------------------------------------------------------------------
 
 # A run must give the same result after a kill and on another number of GPUs. So no state of a
-# random generator is carried from step to step: the random values of a sample are computed from the
-# seed and the sample's number.
+# random generator is carried from step to step: random values are computed from the seed and the
+# number of the sample (chapter 2) or of the step (chapter 1).
 GOLDEN = (5**0.5 - 1) / 2  # its first n multiples, modulo 1, cover [0, 1) evenly for every n
 
 
@@ -174,7 +174,8 @@ def spread(n: int, generator: torch.Generator | None = None, device=None) -> Ten
 
 
 def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
-    """u (n,) fp32 in [0, 1) for samples at these positions: spread, without a batch to divide.
+    """u (n,) fp32 in [0, 1) for samples at these positions. It needs no batch to divide into
+    slices.
 
     Neighbouring positions lie a golden step apart (a low-discrepancy sequence). So any block of
     positions covers all of time evenly, on every rank, and u depends on seed and position alone.
@@ -199,11 +200,11 @@ TIME_DISTRIBUTIONS = {  # name → quantile function, u in (0, 1) → t in (0, 1
     # t = sigmoid(z), z ~ N(0, 1) (SD3, eq. 19): mostly the middle. Near t = 0 the best answer is
     # about −data, and near t = 1 about noise − mean(data). Both are easy, and learned soon.
     "logit_normal": lambda u: torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1)),
-    # Mostly both ends, for reflow: there the middle is easy, because paths are almost straight.
+    # Mostly both ends. For reflow: its paths are almost straight, so the middle is easy.
     # F(t) = ½ + sinh(a(t − ½)) / (2 sinh(a/2))
     "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,
-    # Only t = 1, where sampling starts. With pairs this is distillation: the network learns the
-    # velocity of one single step and nothing else.
+    # Only t = 1, the start of sampling; with segments, the start of each piece. With pairs this is
+    # distillation: the network learns the velocity of one step per piece and nothing else.
     "start": torch.ones_like,
 }
 
@@ -225,7 +226,7 @@ def shift_time(t, shift: float):
 def time_at(u: Tensor, distribution: str = "logit_normal", shift: float = 1.0) -> Tensor:
     """u in [0, 1] → the u-quantile of the training times, shifted; t in (0, 1).
 
-    u and t are clamped, so that t is never exactly 0 or 1, where the line is one of its ends.
+    u and t are clamped, so that t is never exactly 0 or 1, where x_t is the data or the noise.
     """
     if distribution not in TIME_DISTRIBUTIONS:
         names = ", ".join(TIME_DISTRIBUTIONS)
@@ -245,7 +246,7 @@ def sample_time(
 ) -> Tensor:
     """Training times t (batch_size,) fp32 in (0, 1), for a loop of your own: see time_at.
 
-    stratified: evenly spread over the batch (spread), as both trainers do, instead of independent.
+    stratified: evenly spread over the batch (spread), as train_mnist.py does, not independent.
     """
     how = {"generator": generator, "device": device}
     u = spread(batch_size, **how) if stratified else torch.rand(batch_size, **how)
@@ -278,12 +279,14 @@ def guided_velocity(
     """v_null + cfg·(v_text − v_null): classifier-free guidance (Ho & Salimans 2022, 2207.12598).
 
     v_text knows the caption and v_null does not, so their difference is what the caption adds. With
-    cfg > 1 the sampler follows it further than the data would: towards images from which the
-    caption can be guessed more surely. They follow the text more closely and vary less. This needs
-    a training that drops some captions: otherwise the network has never seen null_text.
+    cfg > 1 the sampler goes further in this direction than the training data justify, towards
+    images from which the caption can be guessed more surely. Such images follow the text more
+    closely and vary less. Training must drop some captions: otherwise the network has never seen
+    null_text.
 
-    cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one. Both run as one
-    batch of 2B: one forward pass keeps a GPU busier than two. null_text (1 or B, ...) like text.
+    cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one. Otherwise
+    v_text and v_null are computed in one batch of 2B: one forward pass keeps a GPU busier than two.
+    null_text (1 or B, ...) like text.
     """
     if cfg == 1:
         return model(x, t, text)
@@ -452,9 +455,9 @@ def straightness(
     """S = ∫₀¹ ‖(x₁ − x₀) − v(x_t, t)‖² dt along each sample's own trajectory, (B,) ≥ 0.
 
     0 if and only if the path is straight and its speed constant: then one Euler step is exact. The
-    mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path has `steps` even
-    Euler steps. So the difference of two states over the step size is the model's velocity, and no
-    second evaluation is needed.
+    mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path has `steps` Euler
+    steps of equal size. So the difference of two states over the step size is the model's velocity,
+    and no second evaluation is needed.
     """
     options = {"null_text": null_text, "cfg": cfg, "steps": steps}
     path = sample(model, noise, text, return_trajectory=True, **options)
@@ -471,9 +474,9 @@ def straightness(
 # The lines of a first flow cross: data and noise are paired at random. Where lines cross, the
 # network predicts the mean of their velocities, so its paths bend, and a bent path needs many
 # steps. Reflow pairs each noise with the image that the first flow makes of it. Paths of an ODE
-# never cross, and the lines between their ends cross far less than random ones (measured in
-# docs/reflow.md). So a second flow, trained on these lines, has straighter paths (Liu et al. 2022,
-# 2209.03003, section 2.2).
+# never cross, and the lines between their ends cross less than random ones. So a second flow,
+# trained on these lines, has straighter paths (Liu et al. 2022, 2209.03003, section 2.2;
+# docs/reflow.md measures how straight).
 
 
 def reflow_states(
@@ -483,11 +486,11 @@ def reflow_states(
 
     The first state is the noise, the last the data that the model makes of it. A new flow, trained
     with squared error on lines between such pairs, makes the same distribution (Liu et al. 2022,
-    2209.03003, Theorem 3.3) at no higher transport cost (3.5); repeated, its paths become straight
-    (3.7). With K segments the states at timesteps(K, shift) are returned too. Then each piece alone
-    must become straight, and sampling takes K steps (PeRFlow, 2405.07510).
-    options: those of sample. The pairs are made with guidance, so the new flow is sampled without
-    (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
+    2209.03003, Theorem 3.3) at no higher transport cost (3.5). If reflow is repeated, the paths
+    become straight (3.7). With K segments the states at timesteps(K, shift) are returned too. Then
+    each piece alone must become straight, and sampling takes K steps (PeRFlow, 2405.07510).
+    options: those of sample. If the pairs are made with guidance (cfg), the new flow is sampled
+    without (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
     """
     if segments < 1 or steps % segments:
         raise ValueError(f"steps = {steps} must be a multiple of segments = {segments}")
@@ -512,7 +515,8 @@ def line(
         K = 0  Only the data is known, and any noise may go with it: `fresh_noise` (B, ...). This is
                the first flow. shift moves t (shift_time).
         K ≥ 1  Noise and data belong together; an older flow made them. This is reflow. The states
-               lie at timesteps(K, shift): shift must be the one that made them. It does not move t.
+               lie at timesteps(K, shift): shift must be the one that made them. It sets the ends
+               of the pieces and does not move the time inside a piece.
     u (B,) in [0, 1), evenly spread: TIME_DISTRIBUTIONS[time] turns it into times.
     segments: number of straight pieces of the path. It must divide K, and be 1 at K = 0. The whole
         part of u·segments is the number of the piece, 0 next to the noise; the fraction gives the
@@ -609,10 +613,11 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     one so long that it still holds the initial weights. This one has a width that is a share of the
     run so far (the standard deviation of its profile), so one value suits every length.
     t is counted in each parameter group as "updates". The averages are states of the optimizer, so
-    AdamW.state_dict saves and loads them, and ZeRO-2, under which AdamW's weights are flat shards,
-    holds shards of them too: no rank could keep a whole one. The hook runs after a step of AdamW,
-    so a skipped step does not count. It is a hook and not a subclass, because DeepSpeed accepts
-    AdamW itself and no class made of it. Call it before DeepSpeed takes the optimizer over.
+    AdamW.state_dict saves and loads them. Under ZeRO-2 AdamW's weights are flat shards, so each
+    rank holds only its shard of the averages; a whole one might not fit. The hook runs after a step
+    of AdamW, so a skipped step does not count. It is a hook and not a subclass, because DeepSpeed
+    accepts AdamW itself but not a subclass of it. Call it before DeepSpeed takes the optimizer
+    over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -641,8 +646,9 @@ def average_name(width: float) -> str:
 def exchange_averages(adamw: torch.optim.Optimizer, name: str):
     """Swap every weight that AdamW updates with its average; a second call restores both.
 
-    To evaluate, swap, draw, and swap back. In place, because the network's weights are views of
-    this memory; in parts of 64 MiB, so that no second copy of the weights is held.
+    To evaluate, swap, draw, and swap back. In place, because the network (chapter 1) and DeepSpeed
+    (chapter 2) keep references to these tensors; in parts of 64 MiB, so that no second copy of the
+    weights is held.
     """
     for group in adamw.param_groups:
         for weight in group["params"]:
@@ -661,9 +667,10 @@ def posthoc_coefficients(
     3.2).
 
     snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints.
-    step, sigma_rel: of the wanted one, not later than the last. Returns one coefficient a snapshot:
-    least squares between the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on [0, T], whose inner products
-    are closed forms, then divided by their sum: a mean of weights must not rescale them.
+    step, sigma_rel: of the wanted one, not later than the last. Returns one coefficient for each
+    snapshot. They come from a least-squares fit of the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on
+    [0, T], whose inner products have closed forms. The coefficients are then divided by their sum,
+    so that the result is a mean.
     """
 
     def product(a, b):  # ∫ p_a p_b dτ over [0, min(T_a, T_b)], in units of the last step

@@ -3,17 +3,17 @@
     python train_mnist.py                          MNIST, or glyphs where it cannot be downloaded
     python train_mnist.py --data cifar10           colour
     python train_mnist.py --data data/my           images of your own (tools/prepare.py)
-    python train_mnist.py --data PAIRS --init RUN --out RUN2    reflow: pairs of RUN
-    (tools/pairs.py) python train_mnist.py --resume                 continue where the last run
-    stopped python train_mnist.py --dry-run                one step, then everything else
+    python train_mnist.py --data PAIRS --init RUN --out RUN2    reflow (tools/pairs.py)
+    python train_mnist.py --resume                 continue where the last run stopped
+    python train_mnist.py --dry-run                one step, then everything else
 
 What comes out, in --out: samples.png (one column for each class), samples.gif (from noise to
 digit), curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged weights),
 checkpoint.pt.
 
-Start reading at train_step(): it is rectified flow in ten lines. train() repeats it, main() gets
-everything ready. Chapter 2 (train_t2i.py) has the same parts in the same order and adds captions,
-several GPUs and bf16.
+Start reading at train_step(): it is rectified flow in ten statements. train() repeats it, main()
+gets everything ready. Chapter 2 (train_t2i.py) has the same step and adds captions, several GPUs
+and bf16.
 
     1 settings      one line for each option
     2 one step      batch → line → loss → AdamW
@@ -89,26 +89,35 @@ class Settings(DataOptions):
         group="data",
     )
     # The network. The preset gives width and depth; the data gives channels, grid and classes.
-    preset: str = option("digits", "its size", choices=PRESETS, fixed=True, group="network")
-    patch_size: int | None = option(None, "pixels a side of a token (None: fits)", fixed=True)
-    residual: str | None = option(None, "how a block adds up", choices=RESIDUALS, fixed=True)
+    preset: str = option("digits", ", ".join(PRESETS), choices=PRESETS, fixed=True, group="network")
+    patch_size: int | None = option(
+        None, "side of a patch in pixels (the largest that fits the images)", fixed=True
+    )
+    residual: str | None = option(
+        None, "form of a block: prenorm or auraflow (the preset's)", choices=RESIDUALS, fixed=True
+    )
     init: Path | None = option(
-        None, "start from this run's weights, with its data and network", local=True
+        None, "start from the weights of run INIT, with its network and settings", local=True
     )
 
-    # Training. lr holds at every width (muP), so it need not change with the preset. rf.py explains
-    # time, shift and loss; segments and anneal are for pairs (tools/pairs.py) only.
+    # Training. lr holds at every width (muP): it need not change between presets that differ only
+    # in width. rf.py explains time, shift and loss; segments and anneal are for pairs
+    # (tools/pairs.py).
     steps: int = option(7500, "optimizer steps", least=1, fixed=True, group="training")
     batch_size: int = option(64, "images a step", least=1, fixed=True)
     lr: float = option(6e-3, "learning rate at the base width; holds over width", fixed=True)
-    warmup_steps: int = option(100, "until the full rate; then a line to 0", least=1, fixed=True)
+    warmup_steps: int = option(100, "in which the rate rises", least=1, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
     ema: float = option(0.05, "width of the weights' average, a share of the run", fixed=True)
-    shift: float = option(1.0, "above 1: more time near the noise", above=0, fixed=True)
-    time: str = option("logit_normal", "density", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
+    shift: float = option(1.0, "above 1: more training times near the noise", above=0, fixed=True)
+    time: str = option(
+        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
+    )
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
-    anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
+    anneal: float = option(
+        0.0, "pairs: first share of the run, in which fresh noise gives way", least=0, fixed=True
+    )
     compile: bool | None = option(None, "compile the blocks (with CUDA and Triton)", local=True)
     device: str = option("auto", "auto, cpu, mps or cuda", local=True)
 
@@ -119,7 +128,7 @@ class Settings(DataOptions):
     sample_steps: int = option(24, "solver steps from noise to image", least=1)
 
     # The run and its folder.
-    out: Path = option(Path("runs/mnist"), "folder for all of it", local=True, group="run")
+    out: Path = option(Path("runs/mnist"), "folder of the run's files", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
@@ -128,7 +137,7 @@ class Settings(DataOptions):
     def __post_init__(self):
         """Refuse options that contradict each other, before any work is done."""
         super().__post_init__()
-        rf.gamma_from_sigma_rel(self.ema)  # ValueError for a width that no average has
+        rf.gamma_from_sigma_rel(self.ema)  # ValueError if no average can have this width
         if self.anneal > 1:
             raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
         if self.resume and (self.overwrite or self.dry_run or self.init):
@@ -151,7 +160,7 @@ def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) 
     random = {"generator": generator, "device": device}  # drawn on the device: nothing is copied
     stored, text = rows.at(range(step * B, (step + 1) * B))
     shape = (B, *rows.shape(stored))  # (B, C, h, w)
-    # One caption in ten is dropped, so the same network also learns the unconditional velocity that
+    # Some captions are dropped, so the same network also learns the unconditional velocity that
     # guidance needs.
     dropped = torch.rand(B, **random) < rows.dropout if rows.dropout else None
     u, noise = rf.spread(B, **random), torch.randn(shape, **random)
@@ -192,7 +201,7 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The share of the base rate at a step (from 0): linear warm-up, then a line down to zero.
+    """The share of the base rate at a step (from 0): a line from 1 down to 0, times the warm-up.
 
     Warm-up: Adam's first estimates come from few batches and are noisy, so full steps would be too.
     The line to zero: smaller steps at the end reduce the noise of the weights.
@@ -362,7 +371,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
 @program("train_mnist.py")
 def main(argv: list[str] | None = None):
     """Everything before and after the loop. The order matters: all checks come before the first
-    file is written, and an old run is deleted only when they have passed."""
+    file of the run is written, and an old run is deleted only when they have passed."""
     started, typed = time.time(), parse(Settings, argv, __doc__, RECIPES)
     device = choose_device(typed.get("device", "auto"))
     begin(device)
@@ -397,7 +406,7 @@ def main(argv: list[str] | None = None):
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # rows after the checkpoint will come again
         write_rows(log.path, log.rows)
-        # 5. Train, and leave the results.
+        # 5. Train, and write the results, also those of a run that was stopped.
         path = folder / "checkpoint.pt"
         step = train(model, adamw, rows, settings, log, state.get("step", 0), path)
         finish(model, adamw, rows, settings, log, step, folder)

@@ -2,7 +2,7 @@
 
     deepspeed train_t2i.py                          every GPU of this machine
     deepspeed --num_accelerators 2 train_t2i.py     two CPU processes
-    torchrun --nproc_per_node 8 train_t2i.py        the same without DeepSpeed's launcher
+    torchrun --nproc_per_node 8 train_t2i.py        eight GPUs, without DeepSpeed's launcher
     python train_t2i.py                             one process
     deepspeed train_t2i.py --resume                 continue the run in --out, or begin it
     deepspeed train_t2i.py --data data/my           images of your own (tools/prepare.py)
@@ -13,14 +13,14 @@ Start reading at train_step() and train(), in part 4. The step is that of chapte
 are around it.
 
     1 settings      one line for each option, and what each machine can do
-    2 samples       which samples each rank reads: one endless row, shared out
+    2 samples       one endless sequence of samples, and which of them each rank reads
     3 ranks         processes, precision, and what ZeRO-2 splits between them
     4 step, loop    train_step, train, and Run, which holds all that changes
     5 save, resume  checkpoints of many ranks, whole or not there at all
 
 One sample on its way:
 
-    position --Rows.draw--> what is stored, caption, u, noise      in a worker process
+    position --Rows.draw--> what is stored, caption, u, noise      in a worker (GPUs)
              --Rows.encode--> states, text, u, noise               on the device
              --rf.line--> data, noise, t                           a line, and a time on it
              --rf.rf_loss--> loss                                  through DeepSpeed's engine
@@ -126,7 +126,7 @@ class Settings(DataOptions):
 
     DATA = "shapes"  # the data if --data is not given
     # Workers prepare batches ahead. On a CPU they would compete with the training for its cores.
-    workers: int | None = option(None, "loader processes a rank (0 on a CPU, else 4)", local=True)
+    workers: int | None = option(None, "loader processes a rank (4 on GPUs, else 0)", local=True)
     # For data that does not fit on the local disk: its files (chunks of rows) are copied before
     # they are used and deleted afterwards.
     stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
@@ -135,11 +135,18 @@ class Settings(DataOptions):
     # The network. precision: bf16 halves the memory of weights and activations and is faster on a
     # GPU; ZeRO-2 keeps fp32 weights beside them, which AdamW updates.
     preset: str = option("tiny", ", ".join(RECIPES), choices=RECIPES, fixed=True, group="network")
-    residual: str | None = option(None, "auraflow: can be exported", choices=RESIDUALS, fixed=True)
-    init: Path | None = option(
-        None, "a run whose weights to start from, also at another --size", local=True
+    residual: str | None = option(
+        None,
+        "form of a block: prenorm, or auraflow, which diffusers can read (the preset's)",
+        choices=RESIDUALS,
+        fixed=True,
     )
-    compile: str = option("auto", "blocks", choices=("auto", "on", "off"), local=True)
+    init: Path | None = option(
+        None, "start from the weights of run INIT; --size may differ", local=True
+    )
+    compile: str = option(
+        "auto", "the blocks: on, off, auto (with GPUs)", choices=("auto", "on", "off"), local=True
+    )
     precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"), fixed=True)
 
     # Training. batch_size changes the result and is fixed; micro_batch changes only memory and
@@ -154,13 +161,17 @@ class Settings(DataOptions):
     warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
     cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
-    shift: float = option(2.0, "above 1: more time near the noise", above=0, fixed=True)
-    time: str = option("logit_normal", "density", choices=rf.TIME_DISTRIBUTIONS, fixed=True)
+    shift: float = option(2.0, "above 1: more training times near the noise", above=0, fixed=True)
+    time: str = option(
+        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
+    )
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
-    anneal: float = option(0.0, "pairs: share in which they take over", least=0, fixed=True)
+    anneal: float = option(
+        0.0, "pairs: first share of the run, in which fresh noise gives way", least=0, fixed=True
+    )
     # A step whose gradient is not finite is skipped.
-    max_bad_steps: int = option(20, "stop after so many in a row not finite", least=1)
+    max_bad_steps: int = option(20, "skipped steps in a row that end the run", least=1)
 
     # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time
     # until a validation loss is reached measures speed and quality together.
@@ -173,7 +184,7 @@ class Settings(DataOptions):
 
     # The run and its folder. A cluster stops jobs at their time limit: --resume continues a run or
     # begins it, so the same command can be queued again and again.
-    out: Path = option(Path("runs/shapes"), "folder for all of it", local=True, group="run")
+    out: Path = option(Path("runs/shapes"), "folder of the run's files", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "replace the run in --out", local=True)
     # A checkpoint of the 6.8B network holds 150 GB (22 bytes a parameter): save by time, keep few.
@@ -213,7 +224,7 @@ def annealing(settings: Settings, seen: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2 The row of samples, shared out among ranks
+# 2 The sequence of samples, divided among ranks
 # ------------------------------------------------------------------------------------------------
 # A run reads one endless sequence of samples, numbered by position. What stands at a position
 # (image, caption, whether the caption is dropped, noise, time) depends on the seed, the batch size
@@ -223,7 +234,7 @@ def annealing(settings: Settings, seen: int) -> float:
 
 
 class Samples(Dataset):
-    """Positions of the row of samples → a Batch, from (seed, position) alone.
+    """Positions in the sequence of samples → a Batch.
 
     __getitems__ and not __getitem__: torch's loader then asks for a whole micro-batch at once, and
     rows of one chunk are read together.
@@ -515,9 +526,9 @@ def train_step(run: "Run", batches: Iterator[Batch]):
 def train(run: "Run"):
     """The loop. All ranks run it and make the same decisions at the same step.
 
-    An evaluation or a save is work of all ranks together, so no rank may decide on it alone: seen
-    is the same everywhere, and requests are exchanged. A stop saves but does not evaluate, because
-    clusters kill a job a short time after they have asked it to stop.
+    An evaluation or a save is work of all ranks together, so no rank may decide on it alone:
+    run.seen is the same on all, and requests are exchanged. A stop saves but does not evaluate,
+    because clusters kill a job a short time after they have asked it to stop.
     """
     settings = run.settings
     batches, bar = run.batches(), progress_bar(settings.samples, run.seen, run.ranks.rank == 0)
@@ -574,8 +585,7 @@ class Run:
         cuda = device.type == "cuda" and find_spec("triton") is not None
         if settings.compile == "on" or (settings.compile == "auto" and cuda):
             model.compile_blocks()  # in place, so the names of the parameters do not change
-        # The optimizer: one group for each learning rate of muP's table. One launch moves all
-        # weights of a group (fused).
+        # Fused: all weights of a group move in one kernel, not several kernels for each tensor.
         groups = model.param_groups(settings.lr, settings.weight_decay)
         fused = device.type in ("cpu", "cuda")
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
@@ -584,8 +594,8 @@ class Run:
         # the same rate, and muP would be lost.
         rate = partial(learning_rate, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
-        # DeepSpeed takes model and optimizer over: it casts the weights to bf16, makes fp32 shards
-        # of them, and puts those into the optimizer's groups.
+        # DeepSpeed takes model and optimizer over: it casts the weights to the precision, makes
+        # fp32 shards of them, and puts those into the optimizer's groups.
         config = read_ds_config(settings, ranks.count)
         if record and record["world_size"] != ranks.count:  # load() will repartition the checkpoint
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
@@ -681,7 +691,8 @@ class Run:
             captions = [self.asked.captions[i] for i in self.asked.shown]
             append_row(out / "eval.csv", row)
             pictures.curves(self.log.rows, self.evals, out / "curves.png")
-            # A sheet of the pictures now, and one row of a few of them for each evaluation so far.
+            # Each evaluation keeps its strip as a file: progress.png is drawn from all of them,
+            # also from those before a resume.
             if captions:
                 first = 2 * COLUMNS
                 pictures.captioned(frames[-1], captions, out / "samples.png", COLUMNS)
@@ -739,7 +750,7 @@ class Run:
                     shutil.rmtree(out / name, ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
             if self.seen < settings.samples:
-                for name in ("model.safetensors", "config.json"):  # from when it stopped before
+                for name in ("model.safetensors", "config.json"):  # exported at an earlier stop
                     (out / name).unlink(missing_ok=True)
             write_rows(out / "eval.csv", self.evals)
             write_rows(out / "log.csv", self.log.rows)
@@ -756,9 +767,8 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # 5 Save and resume
 # ------------------------------------------------------------------------------------------------
-# A checkpoint is a folder, one a save, whole or not there at all:
-#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages  (pickles: see
-# load_shard)
+# Each save makes one folder, a checkpoint. It is complete or not there at all:
+#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages (pickles)
 #     mp_rank_*        DeepSpeed's copy of the weights
 #     run.json         settings, facts, position, log: what the trainer itself remembers
 # A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint repartitions it (Run.load).
@@ -766,8 +776,8 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 # A resume restores the fp32 weights, AdamW's moments and its counts of steps, the averages, the
 # schedule, the number of samples seen, log and evaluations. Random generators, the order of the
 # data and the loader's place need not be restored: they follow from seed and position. On the same
-# number of ranks (and on CPUs) the rest of the run is bit-identical. On another number the order of
-# sums, and so the rounding, differs.
+# number of ranks the rest of the run is bit-identical (tested on CPUs). On another number the order
+# of sums, and so the rounding, differs.
 
 PARTIAL, UNIVERSAL = "partial", "universal"  # folders beside the checkpoints; safe to delete
 
@@ -853,7 +863,7 @@ def to_universal(path: Path, ranks: Ranks):
         if done.returncode:
             print(done.stdout, done.stderr, file=sys.stderr)
             failed += 1
-        else:  # it converts Adam's states only, but the loader takes more: add the averages
+        else:  # the converter writes Adam's states only; load_checkpoint also reads others
             for name in map(rf.average_name, EMA_WIDTHS):
                 for parameter, average in read_averages(path, [name])[name].items():
                     file = target / path.name / "zero" / parameter / f"{name}.pt"
@@ -881,8 +891,8 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
 
 
 def launch(typed: dict):
-    """Everything before and after the loop. All checks come before the first file is written, and
-    an old run is deleted only when they have passed."""
+    """Everything before and after the loop. All checks come before the first file of the run is
+    written, and an old run is deleted only when they have passed."""
     # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     present, record = checkpoints(out / "checkpoints"), None

@@ -23,7 +23,7 @@ from mmdit import Linear
 class Settings(Options):
     data: list[str] = option(["here"], "what it learns", group="rows")
     lr: float = option(0.5, "up to 100 %", above=0, fixed=True)
-    steps: int = option(7, "how many", least=1)
+    steps: int = option(7, "how many", least=7)
     mode: str = option("slow", "how")
     size: int | None = option(None, "pixels", fixed=True)
     half: bool | None = option(None, "precision", local=True)

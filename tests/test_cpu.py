@@ -109,8 +109,8 @@ if sys.argv[1] == "keep" and not cpu.keep_memory():
     sys.exit(3)
 model = MMDiT(PRESETS["digits"])
 inputs = torch.randn(64, 1, 28, 28), torch.rand(64), torch.randn(64, 1, 11)
-for step in range(12):
-    if step == 6:
+for step in range(40):
+    if step == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(*inputs).square().mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

@@ -1,5 +1,6 @@
 """sample_t2i.py: the command line, from captions to pictures, scores and exports."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ def home(tmp_path_factory):
     """Exported weights of several runs."""
     home = tmp_path_factory.mktemp("home")
     exported(home / "shapes", SHAPES)
-    exported(home / "other", SHAPES | {"steps": 3, "shapes": 6, "colors": 10, "places": 20})
+    exported(home / "other", SHAPES | {"steps": 3})
+    exported(home / "richer", SHAPES | {"shapes": 6})
     exported(home / "digits", DIGITS)
     return home
 
@@ -55,6 +57,9 @@ def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
     assert out.exists()
     call(main, home / "shapes", *how)  # each its own number of steps, written anew
     assert [row["steps"] for row in records(out.with_suffix(".csv"))] == ["2", "3"]
+    for run in ("digits", "richer"):
+        said = refused(main, capsys, home / "shapes", "--score", "--against", home / run)
+        assert re.search(rf"{home / run}(, of World.* must be| was not trained on shapes)", said)
 
 
 def test_the_network_is_exported(home, tmp_path):

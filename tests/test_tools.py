@@ -1,6 +1,7 @@
-"""tools/enhance.py and tools/geneval.py: prompts in, prompts or folders of pictures out."""
+"""The small tools: enhance, geneval and show."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import sample_t2i
 from common.pipeline import Pipeline
-from tools import enhance, geneval
+from tools import enhance, geneval, show
 
 METADATA = [
     {"tag": "two_object", "include": [{"class": "ring", "count": 1}], "prompt": "a ring, a star"},
@@ -184,3 +185,19 @@ def test_wrong_options_end_in_one_line(run, metadata, tmp_path, capsys, options,
     source, *options = options
     how = [tmp_path / source, metadata, "--out", tmp_path / "out", *options]
     assert reason in refused(geneval.main, capsys, *how) and not (tmp_path / "out").exists()
+
+
+# --- show ----------------------------------------------------------------------------------------
+
+
+def test_rows_are_counted_and_drawn(tmp_path, capsys):
+    call(show.main, "shapes", "--rows", 3, "--device", "cpu", "--out", tmp_path / "new" / "a.png")
+    said = capsys.readouterr().out
+    for line in (
+        r"size +20",
+        r"20 x 20 +1,000,000 rows to train on, 100.0%",
+        r"held out +512 rows",
+    ):
+        assert re.search(line, said)
+    with Image.open(tmp_path / "new" / "a.png") as sheet:
+        assert sheet.width > 2 * sheet.height  # three pictures side by side

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None):
     print(f"caption tokens {spread}")
     states = rows.states(stored.to(device))
     captions = stream.source.captions(numbers)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     pictures.captioned(rows.image.decode(states[:, -1]).cpu(), captions, args.out)
     print(f"wrote {args.out}")
 
