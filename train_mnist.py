@@ -34,7 +34,7 @@ import torch
 
 import rf
 from common import pictures
-from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, validation
+from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
 from common.pipeline import Pipeline, run_facts, settle_run
 from common.settings import option, parse
@@ -352,8 +352,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     # The same captions and the same noise in every run with this seed, so that runs can be
     # compared.
     frames, _ = draw_asked(model, rows, wanted, settings, device, Ranks(), trajectory=True)
-    row = {"samples": samples, "loss": sum(losses) / len(losses)}
-    row |= {f"loss_t{i}/8": loss for i, loss in enumerate(losses)}
+    row = eval_row(samples, losses)
     write_rows(out / "eval.csv", [])  # one row, also if the run is finished a second time
     append_row(out / "eval.csv", row)
     captions, columns = [wanted.captions[i] for i in wanted.shown], COLUMNS

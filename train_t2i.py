@@ -54,7 +54,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
-from math import isnan, nan
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import rf
 from common import pictures
-from common.evaluate import COLUMNS, Ranks, asked, draw_asked, validation
+from common.evaluate import COLUMNS, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
 from common.pipeline import (
     RUN_FILE,
@@ -681,10 +680,8 @@ class Run:
         with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
             by_time = validation(model, self.rows, settings, device, self.ranks)
             frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
-        finite = [loss for loss in by_time if not isnan(loss)]  # with few rows a time may be absent
-        loss = sum(finite) / len(finite) if finite else nan
-        row = {"samples": self.seen, "loss": loss}
-        row |= {f"loss_t{i}/8": value for i, value in enumerate(by_time)} | scores
+        row = eval_row(self.seen, by_time) | scores
+        loss = row["loss"]
         self.evals.append(row)  # on every rank, so that all skip the same evaluation (above)
         if self.ranks.rank == 0:
             out = settings.out

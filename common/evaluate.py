@@ -11,6 +11,7 @@ scores say what the user sees.
 """
 
 from collections.abc import Callable
+from math import isnan, nan
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,14 @@ def validation(model: rf.Model, rows: Rows, settings, device, ranks: Ranks) -> l
     parts = ranks.gather(torch.stack([sums, counts]))
     sums, counts = torch.stack(parts).sum(0)
     return (sums / counts).tolist()
+
+
+def eval_row(samples: int, by_time: list[float]) -> dict[str, float]:
+    """A row of eval.csv: the mean loss of the times that are asked (few rows may miss one), and the
+    loss at each time."""
+    asked = [loss for loss in by_time if not isnan(loss)]
+    row = {"samples": samples, "loss": sum(asked) / len(asked) if asked else nan}
+    return row | {f"loss_t{i}/8": loss for i, loss in enumerate(by_time)}
 
 
 class Asked(NamedTuple):

@@ -233,7 +233,10 @@ def settle_run(
     A run that starts from another takes its network and encoders, and its time shift made fit for
     the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
     """
-    init = read_facts(typed["init"]) if "init" in typed and not saved else {}
+    out, first = typed.get("out", cls.out).resolve(), typed.get("init")
+    if first and first.resolve().is_relative_to(out):
+        raise ValueError(f"--init {first} lies in --out, which is replaced: choose another --out")
+    init = read_facts(first) if first and not saved else {}
     known = saved | typed
     rows = open_rows(
         known.get("data") or init.get("source", cls.DATA).split(),

@@ -42,10 +42,10 @@ def test_word_vectors_and_positions_are_frozen_and_apart():
         assert torch.pdist(x).min() > least
 
 
-@pytest.mark.parametrize("bits, error", [(16, 1e-3), (8, 0.25 / 255)])
-def test_features_are_stored_without_padding(bits, error):
+@pytest.mark.parametrize("bits, reach", [(16, 9), (8, 0.25), (8, 0.4)])
+def test_features_are_stored_without_padding(bits, reach):
     """fp16, or 8 bits: values beyond ±reach are clipped, the others at most half a step apart."""
-    form = TextFormat(tokens=6, dim=4, bits=bits)
+    form = TextFormat(tokens=6, dim=4, bits=bits, reach=reach)
     features = torch.rand(3, 6, 4) - 0.5
     for row, length in zip(features, (6, 0, 3), strict=True):
         row[length:] = 0
@@ -53,7 +53,8 @@ def test_features_are_stored_without_padding(bits, error):
     blobs = [form.pack(row) for row in features]
     assert [len(blob) for blob in blobs] == [n * 4 * bits // 8 for n in (6, 0, 3)]
     found = form.expand(form.join(blobs))
-    expected = features if bits == 16 else features.clip(-0.25, 0.25)
+    error = 1e-3 if bits == 16 else reach / 255
+    expected = features.clip(-reach, reach)
     assert found.dtype == torch.float32
     close(found, expected, atol=1.01 * error, rtol=0)
     assert not found[1].any() and not found[2, 3:].any()

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import rf
+from common.evaluate import asked
 from inputs.encoders import HashText, Words
 from inputs.rows import PairsFolder
 from inputs.shapes import World, one_in
@@ -101,7 +102,10 @@ def test_captions_of_ones_own(home, tmp_path, capsys):
     prompts.write_text("a red square\n\n  a blue ring \n")
     out = make(home / "shapes", tmp_path / "pairs", "--prompts", prompts)
     assert set(read(out)[1]) == {"a red square", "a blue ring"}
-    assert opened(out)[1].world is None  # there is nothing to score
+    rows = opened(out)[1]
+    assert rows.world is None  # there is nothing to score
+    held = rows.held[0]
+    assert sorted(asked(rows, 1).captions) == sorted(held.captions([0, 1]))
     how = ["--out", tmp_path / "out", "--prompts", prompts]
     said = refused(main, capsys, home / "digits", *how)
     assert "is no word of this model; it knows: 0, 1, 2" in said

@@ -401,3 +401,13 @@ def test_other_options_and_a_source_that_grew_are_noticed(tmp_path, capsys):
     refused(capsys, "was begun with size 16, now it is 20", source, out, "--size", 20)
     pictures(source, 7)
     refused(capsys, "was begun with source_rows 6, now it is 7", source, out)
+
+
+def test_a_folder_of_images_of_any_format(tmp_path):
+    for i, ending in enumerate(prepare.IMAGES):
+        kind = Image.registered_extensions()[ending]
+        picture(i, [(20, 30)]).save(tmp_path / f"{i}{ending.upper()}", kind)
+    (tmp_path / ".hidden.png").touch()
+    source = prepare.read_folder(tmp_path)
+    assert len(source.table) == len(prepare.IMAGES)
+    assert {source.picture(row).size for row in source.table} == {(20, 30)}

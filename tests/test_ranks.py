@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from helpers import call, close, records, stopped_once, t2i
+from safetensors.torch import load_file
+from test_prepare import pictures
+from test_prepare import run as prepare
 from test_train_t2i import pairs_with_a_nan
 
 import rf
 import train_t2i
-from common.pipeline import checkpoints, read_averages
+from common.pipeline import Pipeline, checkpoints, read_averages
 
 pytestmark = pytest.mark.slow
 
@@ -33,10 +36,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(out, *options, signals=(), fails=False):
+def run(out, *options, signals=(), fails=False, nodes=False):
     """The trainer on two ranks → what they said; if one fails both are killed, as launchers do.
 
-    signals: (what to wait for, the signal that rank 1 is then sent).
+    signals: (what to wait for, the signal that rank 1 is then sent). nodes: each on its own.
     """
     env = CPU | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, PROGRAM, *map(str, ("--out", out, *options))]
@@ -44,7 +47,10 @@ def run(out, *options, signals=(), fails=False):
     with open(said, "a") as file:
         processes = [
             subprocess.Popen(
-                command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=file, stderr=file
+                command,
+                env=env | {"RANK": rank, "LOCAL_RANK": "0" if nodes else rank},
+                stdout=file,
+                stderr=file,
             )
             for rank in "01"
         ]
@@ -117,8 +123,24 @@ def test_a_killed_rank(whole, tmp_path):
     out = tmp_path / "run"
     run(out, *OPTIONS, signals=[(has(out, 1), signal.SIGKILL)], fails=True)
     assert int(newest(out).name) < STEPS * BATCH
-    run(out, "--resume", "--threads", 1)
+    partial = out / "checkpoints" / "partial"  # as if it had been killed while it saved
+    partial.mkdir(exist_ok=True)
+    (partial / "run.json").touch()
+    run(out, "--resume", "--threads", 1, nodes=True)
     same_bytes(out, whole)
+    assert not partial.exists()
+    script = [sys.executable, out / "checkpoints" / "zero_to_fp32.py", out / "checkpoints"]
+    subprocess.run([*script, tmp_path, "--safe_serialization"], env=CPU, check=True)
+    Pipeline.open(out).model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+def test_two_ranks_share_a_stage(tmp_path):
+    prepare(pictures(tmp_path / "source", 30, [(48, 48)]), tmp_path / "data", "--chunk-rows", 6)
+    given = [*OPTIONS, "--samples", 80, "--data", tmp_path / "data", "--window", 1]
+    run(tmp_path / "two", *given, "--stage", tmp_path / "stage")
+    assert list(tmp_path.glob("stage/*/*/chunks/*.arrow"))
+    call(t2i, *given, "--out", tmp_path / "one")
+    alike(tmp_path / "two", tmp_path / "one")
 
 
 def test_signals_to_one_rank_and_other_numbers_of_ranks(whole, tmp_path, capsys):
@@ -143,7 +165,10 @@ def test_a_step_that_is_not_finite_on_one_rank_ends_all(tmp_path):
     made, bad = pairs_with_a_nan(tmp_path, BATCH)
     step = bad.any(1).tolist().index(True)
     readers = [str(rank) for rank, row in enumerate(bad[step].view(2, -1)) if row.any()]
-    options = (*OPTIONS, "--data", made, "--max-bad-steps", 1)
+    options = (*OPTIONS, "--data", made, "--max-bad-steps", 1, "--workers", 1)
     said = run(tmp_path / "run", *options, fails=True)
     wanted = f"the last one step {step + 1} (on rank {', '.join(readers)}, lr"
     assert f"train_t2i.py: 1 steps in a row were not finite, {wanted}" in said
+    command = [sys.executable, PROGRAM, *map(str, options), "--out", tmp_path / "one"]
+    ended = subprocess.run(command, env=CPU, timeout=200)  # it does not wait for its worker
+    assert ended.returncode == 1

@@ -298,6 +298,13 @@ def test_a_size_that_only_held_rows_have(tmp_path):
     assert rows.sides() == {(16, 16): 1.0, (12, 20): 0.0} and rows.shown_shape() == (3, 12, 20)
 
 
+def test_other_rows_have_another_id(open_kind, home):
+    """A run is not resumed on others."""
+    ids = [open_kind(kind)[1].id for kind in ("mnist", "cifar10", "prepared", "pairs", "mixed")]
+    ids += [opened(home / name)[1].id for name in ("short", "eight", "staged")]
+    assert len(set(ids)) == len(ids)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -316,6 +323,7 @@ def test_a_size_that_only_held_rows_have(tmp_path):
         ("memory://nowhere", {}, r"is far away: give --stage, a folder on this disk"),
         ("memory://nowhere", {"stage": Path()}, r"manifest.json \(memory://nowhere/.* cannot be"),
         ("nosuch://x", {"stage": Path()}, r"--data nosuch://x .* Protocol not known"),
+        ("pairs", {"shift": 9.0}, r"--shift 9.0 does not fit --data, which was made with"),
         ("prepared", {"size": 17}, r"--size 17 does not fit --data, which was made with 16"),
         (
             "shapes",

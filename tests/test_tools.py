@@ -11,6 +11,8 @@ import transformers
 from helpers import SHAPES, call, exported, refused
 from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
+from test_prepare import pictures
+from test_prepare import run as prepare
 from torchvision.transforms.functional import pil_to_tensor
 
 import sample_t2i
@@ -201,3 +203,9 @@ def test_rows_are_counted_and_drawn(tmp_path, capsys):
         assert re.search(line, said)
     with Image.open(tmp_path / "new" / "a.png") as sheet:
         assert sheet.width > 2 * sheet.height  # three pictures side by side
+    prepare(pictures(tmp_path / "source", 30), tmp_path / "data")
+    call(show.main, tmp_path / "data", "--device", "cpu", "--out", tmp_path / "b.png")
+    said = capsys.readouterr().out
+    shares = re.findall(r"rows to train on, ([\d.]+)% of the steps", said)
+    assert len(shares) == 3 and sum(map(float, shares)) == pytest.approx(100, abs=0.2)
+    assert "caption tokens 5% 2, 50% 2, 95% 2" in said

@@ -1,11 +1,12 @@
 """Both trainers on all that rows can be: a run learns, draws, and goes on where it was stopped."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, SHAPES, call, exported, opened, records, stopped_once, t2i
+from helpers import DIGITS, SHAPES, call, exported, opened, records, refused, stopped_once, t2i
 from PIL import Image
 from test_digits import write_mnist
 from test_encoders import tiny_t5, tiny_vae
@@ -52,9 +53,9 @@ def home(tmp_path_factory):
     write_mnist(home)
     square = pictures(home / "square", 30, [(48, 48)])
     run(square, home / "a", "--chunk-rows", 6, "--validation", 1)
-    run(square, home / "latents", "--vae", tiny_vae(home / "vae"))
+    encoders = ["--vae", tiny_vae(home / "vae"), "--text-encoder", tiny_t5(home / "t5")]
+    run(square, home / "latents", *encoders, "--text-tokens", 4)
     run(pictures(home / "source", 30), home / "b")
-    tiny_t5(home / "t5")
     for name, facts in {"mnist": DIGITS, "t2i": SHAPES}.items():
         make(exported(home / f"first-{name}", facts), home / f"pairs-{name}", "--segments", 2)
     return home
@@ -76,6 +77,8 @@ def test_a_run_learns_draws_and_goes_on_where_it_was_stopped(home, tmp_path, cap
     with stopped_once(parts / begun):
         call(main, *how, "--out", parts)
     assert "add --resume to continue" in capsys.readouterr().out
+    Pipeline.open(parts)  # what was stopped has weights, and those of chapter 1 are drawn
+    assert trainer == "t2i" or (parts / "samples.png").exists()
     later = how[:2]
     if (trainer, data) == ("t2i", "prepared"):
         sizes = [c["bytes"] for c in json.loads((home / "a/manifest.json").read_text())["chunks"]]
@@ -84,7 +87,44 @@ def test_a_run_learns_draws_and_goes_on_where_it_was_stopped(home, tmp_path, cap
     call(main, "--resume", "--out", parts, *later)
     for name in ("model.safetensors", "config.json", "eval.csv"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
-    assert bool(list(tmp_path.glob("stage/*/*/chunks/*.arrow"))) == ("--stage" in later)
+    own = f"stage/t2i-{zlib.crc32(str(parts).encode()):08x}/*/chunks/*.arrow"
+    assert bool(list(tmp_path.glob(own))) == ("--stage" in later)
+    pipeline = Pipeline.open(whole)
+    if data == "latents":  # drawn with the encoders that made the rows
+        assert (pipeline.text.name, pipeline.image.name) == (str(home / "t5"), str(home / "vae"))
+        assert pipeline.features(["a red ring"]).shape[:2] == (1, 4)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_few_held_out_rows_or_none(home, tmp_path, trainer):
+    """The mean is over the times that are asked; without any the run comes to its end."""
+    for few in (3, 0):
+        run(home / "square", tmp_path / f"data{few}", "--validation", few)
+        out = tmp_path / f"run{few}"
+        how = ["--data", tmp_path / f"data{few}", "--residual", "auraflow", "--out", out]
+        call(TRAINERS[trainer][0], *options(trainer, 4, 2), *how)
+        row = records(out / "eval.csv")[-1]
+        by_time = np.array([float(row[f"loss_t{i}/8"]) for i in range(8)])
+        assert np.isfinite(by_time).tolist() == 3 * [few > 0] + 5 * [False]
+        assert float(row["loss"]) == pytest.approx(by_time[:3].mean(), nan_ok=True)
+        assert (out / "samples.png").exists() == (few > 0)
+        config = Pipeline.open(out).model.config
+        assert (config.residual, config.n_registers) == ("auraflow", 8)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_from_another_on_larger_pictures(home, tmp_path, capsys, trainer):
+    """The size is that of the data, and the shift grows with it."""
+    main, first = TRAINERS[trainer][0], home / "first-t2i"
+    run(home / "square", tmp_path / "data", "--size", 40, "--text-tokens", 12)
+    how = [*options(trainer, 4, 2), "--data", tmp_path / "data", "--init", first]
+    call(main, *how, "--out", tmp_path / "run")
+    pipeline = Pipeline.open(tmp_path / "run")
+    assert (pipeline.facts["size"], pipeline.facts["shift"]) == (40, 4.0)
+    assert pipeline.model.config.max_grid == 10
+    said = refused(main, capsys, *how, "--out", first, "--overwrite")
+    assert "lies in --out, which is replaced: choose another --out" in said
+    assert (first / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,9 +154,11 @@ def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, tr
         states, text, u, noise = rows.encode(batch, "cpu")
         beta = max(0, 1 - step / 4) if "anneal" in how else 0.0
         clean, noise, t = rf.line(states, noise, u, shift=2.0, beta=beta, **line)
-        with torch.no_grad():
-            expected = rf.rf_loss(model, clean, text, t=t, noise=noise).mean().item()
-        assert float(row["loss"]) == pytest.approx(expected, rel=1e-4)
+        loss = rf.rf_loss(model, clean, text, t=t, noise=noise).mean()
+        assert float(row["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.nn.utils.get_total_norm(gradients).item()  # before it is clipped
+        assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-3)
     assert step == 7
 
 
