@@ -731,7 +731,10 @@ class Run:
         self.requests.saved()
 
     def load(self, path: Path, record: dict):
-        """Put back weights, shards, schedule, counts and log from a checkpoint."""
+        """Put back weights, shards, schedule, counts and log from a checkpoint.
+
+        One of another number of ranks is repartitioned first; __init__ told DeepSpeed to expect it.
+        """
         if record["world_size"] != self.ranks.count:
             to_universal(path, self.ranks)
         load_checkpoint(self.engine, self.adamw, path, record["world_size"] != self.ranks.count)

@@ -272,7 +272,8 @@ def settle_run(
 
 
 class _Standin:
-    """In place of the DeepSpeed classes that its files mention, so that none of its code runs."""
+    """In place of the DeepSpeed classes that its files mention: weights_only=True refuses unknown
+    classes, and with stand-ins none of DeepSpeed's code runs, nor need it be installed."""
 
     def __init__(self, *args):
         pass

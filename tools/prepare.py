@@ -328,8 +328,9 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
             why, reason = getattr(error, "kind", "bad"), str(error) or type(error).__name__
             return {"row": number, "name": name, "kind": why, "reason": reason.splitlines()[0]}
-        # By its place, a row is held out or not whatever happens to the others. A held-out row is
-        # asked at one of the eight times, always the same.
+        # Every tenth place of the shuffled source is held out, up to --validation of them: by its
+        # place, so it does not depend on what happens to other rows. A held-out row is asked at one
+        # of the eight times, always the same.
         turn, late = divmod(place, EVERY)
         held = late == EVERY - 1 and turn < args.validation
         split, t_index = ("validation", turn % TIMES) if held else ("train", 0)
