@@ -21,8 +21,8 @@ Shapes: B batch, C channels, H x W image, p patch side, N = (H/p)(W/p) image tok
 R registers, D width (dim), h heads, d = D/h head_dim, E text features, L tokens of a sequence.
 
 dtype: the weights decide, fp32 or bf16. Under bf16 these stay fp32: t and its sinusoids (bf16
-rounds t = 0.999 to 1), the statistics of every norm, the sum in each attention and each matrix
-product, and outside this file the loss, the optimizer's weights and moments, and the averages
+rounds t = 0.999 to 1), the statistics of every norm, the running sums inside attention and matrix
+products, and outside this file the loss, the optimizer's weights and moments, and the averages
 (rf.py).
 
 Sources: SD3 (Esser et al. 2024, arXiv 2403.03206) for the double block, DiT (Peebles & Xie 2022,
@@ -189,10 +189,10 @@ def fitted(
 # so decay·m keeps the product the same at every width (CompleteP, 2505.01618). Inputs of a fixed
 # size (patch values, sinusoids, text features) have m = 1. At the start weights and inputs are
 # independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
-# The text's projection starts at zero, as in AuraFlow. Weight decay limits the size of products.
-# Biases and positions are added, and registers are tokens of their own, so they do not decay.
-# `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py and
-# experiments/lr_transfer.py measure it.
+# The text's projection starts at zero, as in AuraFlow. Weight decay keeps the weights that multiply
+# inputs small. Biases and positions are added, and registers are tokens of their own, so they do
+# not decay. `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py
+# and experiments/lr_transfer.py measure it.
 
 
 class Role(NamedTuple):
@@ -235,8 +235,8 @@ class Linear(nn.Linear):
 def norm(x: Tensor) -> Tensor:
     """LayerNorm over the last axis, eps 1e-5; statistics in fp32, also for bf16.
 
-    It has no weights. Before attention and MLP, modulate follows, whose shift and scale depend on
-    the time; q and k need none.
+    It has no learned scale and shift. Before attention and MLP, modulate supplies them from the
+    time; the norms of q and k do without.
     """
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
@@ -385,8 +385,8 @@ class Stream(nn.Module):
 
         prenorm:   x ← x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(x)))     (DiT)
         auraflow:  y = x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(y)))
-        In AuraFlow the attention reaches the residual stream only through the MLP. `residual` has
-        one more effect: MMDiT.forward ends without a norm.
+        In AuraFlow the attention reaches the residual stream only through the MLP. With "auraflow",
+        MMDiT.forward also ends without a norm.
         """
         y = torch.addcmul(x, attn.gate, self.out(attended))
         stem = y if self.residual == "prenorm" else x
@@ -514,7 +514,8 @@ class MMDiT(nn.Module):
         patch_embed, positions, final_modulation, and the gates of image tokens. Step 3 moves all
         that lies before an open gate, with text_embed and time_embed; step 4 the text's own updates
         in double blocks. The warm-up is longer, so the rate is still small during these steps.
-        (With the auraflow residual the attention gates, and all before them, move one step later.)
+        (With the auraflow residual the attention gates, and all before them, move one step later;
+        without registers so do the text's weights in double blocks.)
         """
         for module in self.modules():
             if isinstance(module, Linear):

@@ -14,14 +14,14 @@ So a prediction of v is also a prediction of the clean image and of the noise.
 Why this makes pictures. Many lines pass through one point x_t, because many pairs of data and noise
 meet there. The network sees only the point, so it cannot know which line it is on. The answer with
 the least squared error is the mean over these lines: v(x, t) = E[noise − data | x_t = x]. Let p_t
-be the density of x_t. The current of probability at x is the sum of the velocities of all lines
-through x, each weighted by its density: p_t times the mean velocity. So p_t obeys the continuity
+be the density of x_t. Add up the velocities of all lines through x, each times the density of that
+line: the sum, p_t times the mean velocity, is what flows through x. So p_t obeys the continuity
 equation ∂p_t/∂t + ∇·(p_t·v) = 0. Hence points that start with the density p_1, Gaussian noise, and
 follow dx/dt = v(x, t) from t = 1 down to t = 0 end with the density p_0, that of the data (Liu et
 al. 2022, 2209.03003, Theorem 3.3). (The paper has t = 0 for noise and t = 1 for data.)
 
 The file, from top to bottom: the line and its velocity, the loss, random numbers, time, guidance,
-solvers, sampling, and then what builds on a first flow: pairs and pieces (reflow), averages of the
+solvers, sampling, reflow (pairs and pieces, which need a first flow), and last the averages of the
 weights. Read interpolate, velocity_target, rf_loss and sample first: these four are rectified flow.
 
 Shapes: x, data, noise (B, ...) of any rank; t (B,) fp32; text is whatever the model takes, with the
@@ -116,7 +116,7 @@ def validation_loss(
     noise: Tensor,
     num_timesteps: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """Velocity MSE at t = 0, 1/n, …, (n−1)/n and the mean of those n means (MLPerf flux1's metric).
+    """The mean velocity MSE at each of t = 0, 1/n, …, (n−1)/n, and the mean of these n (MLPerf).
 
     The loss depends far more on t and on the noise than on the model, so a validation loss with
     fresh draws would jump about. Here every sample has its own fixed t_index (B,) int64 in 0..n−1
@@ -162,7 +162,7 @@ def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
 
 
 def spread(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
-    """u (n,) fp32 in [0, 1): sample i draws from the i-th of n slices of equal length.
+    """u (n,) fp32 in [0, 1], 1 by rounding only: sample i draws from the i-th of n equal slices.
 
     The loss varies strongly with t. If the times of a batch were independent, some batches would
     hold mostly hard times, and gradients would be noisier. Slices make every batch cover all of
@@ -214,8 +214,8 @@ def shift_time(t, shift: float):
 
     Neighbouring pixels of a large image are nearly equal, so averaging them removes noise: at the
     same t a large image is easier to guess than a small one. So the times of a large image are
-    shifted towards the noise, by α = √(m/n) for m pixels against n. Training and sampling should
-    use the same α. The ends stay where they are.
+    shifted towards the noise, by α = √(m/n), where it has m pixels and the small one n. Training
+    and sampling should use the same α. The ends stay where they are.
     t: float or tensor in [0, 1]; shift = α > 0.
     """
     if shift <= 0:
@@ -284,9 +284,9 @@ def guided_velocity(
     closely and vary less. Training must drop some captions: otherwise the network has never seen
     null_text.
 
-    cfg = 1 is the conditional velocity (null_text unused), 0 the unconditional one. Otherwise
-    v_text and v_null are computed in one batch of 2B: one forward pass keeps a GPU busier than two.
-    null_text (1 or B, ...) like text.
+    cfg = 1 gives the conditional velocity and needs no null_text, cfg = 0 the unconditional one.
+    For every cfg but 1, v_text and v_null are computed in one batch of 2B: one forward pass keeps a
+    GPU busier than two. null_text (1 or B, ...) like text.
     """
     if cfg == 1:
         return model(x, t, text)
@@ -305,8 +305,8 @@ def guided_velocity(
 # ------------------------------------------------------------------------------------------------
 
 
-# A solver's error comes from the curvature of the path. On straight paths of constant speed every
-# solver is exact in one step. Reflow aims at such paths.
+# A solver's error comes from changes of the velocity along the path, in direction or speed. On
+# straight paths of constant speed every solver is exact in one step. Reflow aims at such paths.
 
 
 def euler_step(v, x, t, h):
@@ -395,7 +395,7 @@ def sample(
     noise (B, ...) ~ N(0, 1). solver "euler" costs one evaluation of the model a step, "heun" and
     "rf_solver" two (Heun's last step one); guidance (cfg ≠ 1) doubles the batch. shift: see
     shift_time; use the one of training.
-    Returns (B, ...) fp32, or with return_trajectory (steps + 1, B, ...), the noise first.
+    Returns (B, ...) fp32 or wider, or with return_trajectory (steps + 1, B, ...), the noise first.
     """
     return integrate(
         model,
@@ -486,9 +486,10 @@ def reflow_states(
 
     The first state is the noise, the last the data that the model makes of it. A new flow, trained
     with squared error on lines between such pairs, makes the same distribution (Liu et al. 2022,
-    2209.03003, Theorem 3.3) at no higher transport cost (3.5). If reflow is repeated, the paths
-    become straight (3.7). With K segments the states at timesteps(K, shift) are returned too. Then
-    each piece alone must become straight, and sampling takes K steps (PeRFlow, 2405.07510).
+    2209.03003, Theorem 3.3) at no higher transport cost (Theorem 3.5). If reflow is repeated, the
+    paths become straight (Theorem 3.7). With K segments the states at timesteps(K, shift) are
+    returned too. Then each piece alone must become straight, and sampling takes K steps (PeRFlow,
+    2405.07510).
     options: those of sample. If the pairs are made with guidance (cfg), the new flow is sampled
     without (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
     """
@@ -524,8 +525,8 @@ def line(
     beta in [0, 1]: noise becomes √(1 − β²)·noise + β·fresh. 1 is the coupling of the first flow, 0
         that of reflow. Lowered during training, it lets reflow start where the first flow ended
         (SlimFlow, 2407.12718). Both noises have variance 1, and so has the sum; with 1 − β and β it
-        would be less, and sampling starts at variance 1. Needs segments = 1, since pieces do not
-        start at noise.
+        would be less, and sampling starts at variance 1. Needs segments = 1, since only the first
+        piece starts at noise.
     Raises ValueError if segments or beta are not allowed.
     """
     K = states.shape[1] - 1
@@ -613,11 +614,11 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     one so long that it still holds the initial weights. This one has a width that is a share of the
     run so far (the standard deviation of its profile), so one value suits every length.
     t is counted in each parameter group as "updates". The averages are states of the optimizer, so
-    AdamW.state_dict saves and loads them. Under ZeRO-2 AdamW's weights are flat shards, so each
-    rank holds only its shard of the averages; a whole one might not fit. The hook runs after a step
-    of AdamW, so a skipped step does not count. It is a hook and not a subclass, because DeepSpeed
-    accepts AdamW itself but not a subclass of it. Call it before DeepSpeed takes the optimizer
-    over.
+    state_dict saves them and load_state_dict loads them. Under ZeRO-2 AdamW's weights are flat
+    shards, so each rank holds only its shard of the averages; a whole one might not fit. The hook
+    runs after a step of AdamW, so a skipped step does not count. It is a hook and not a subclass,
+    because DeepSpeed accepts AdamW itself but not a subclass of it. Call keep_averages before
+    DeepSpeed takes the optimizer over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -663,7 +664,7 @@ def exchange_averages(adamw: torch.optim.Optimizer, name: str):
 def posthoc_coefficients(
     snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float
 ) -> np.ndarray:
-    """Coefficients with which stored averages best make one that was not stored (EDM2, section
+    """Coefficients of the sum of stored averages that is nearest to another one (EDM2, section
     3.2).
 
     snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints.

@@ -7,13 +7,13 @@
     python train_mnist.py --resume                 continue where the last run stopped
     python train_mnist.py --dry-run                one step, then everything else
 
-What comes out, in --out: samples.png (one column for each class), samples.gif (from noise to
-digit), curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged weights),
-checkpoint.pt.
+What comes out, in --out: samples.png (a column for each class, or captions), samples.gif (from
+noise to digit), curves.png, log.csv, eval.csv, model.safetensors + config.json (the averaged
+weights), checkpoint.pt.
 
 Start reading at train_step(): it is rectified flow in ten statements. train() repeats it, main()
-gets everything ready. Chapter 2 (train_t2i.py) has the same step and adds captions, several GPUs
-and bf16.
+gets everything ready. Chapter 2 (train_t2i.py) has the same step and adds several ranks, bf16, a
+loader, and evaluations while it trains.
 
     1 settings      one line for each option
     2 one step      batch → line → loss → AdamW
@@ -152,8 +152,8 @@ class Settings(DataOptions):
 def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) -> Batch:
     """The batch of a step, from (seed, step) alone.
 
-    Because no random state is carried from step to step, a resumed run sees exactly the batches
-    that it would have seen. u is spread evenly over the batch; rf.line makes times of it.
+    Because no random state is carried from step to step, a resumed run sees exactly the batches of
+    a run that was never stopped. u is spread evenly over the batch; rf.line makes times of it.
     """
     B, device = settings.batch_size, generator.device
     generator.manual_seed(rf.mix_seed(settings.seed, "step", step))
@@ -203,8 +203,8 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
 def learning_rate(settings: Settings, step: int) -> float:
     """The share of the base rate at a step (from 0): a line from 1 down to 0, times the warm-up.
 
-    Warm-up: Adam's first estimates come from few batches and are noisy, so full steps would be too.
-    The line to zero: smaller steps at the end reduce the noise of the weights.
+    Warm-up: Adam's first estimates come from few batches and are noisy; full steps along them would
+    be noisy as well. The line to zero: smaller steps at the end reduce the noise of the weights.
     """
     return min((step + 1) / settings.warmup_steps, 1) * (1 - step / settings.steps)
 
@@ -273,7 +273,7 @@ def check_finite(log: Log, row: dict | None, path: Path):
 
 
 def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int):
-    """Write the checkpoint, whole or not at all: it is made in memory and renamed into place."""
+    """Write the checkpoint, whole or not at all (write_whole: a temporary file is renamed)."""
     state = {
         "settings": settings.saved(),
         "rows": rows.id,  # a checksum: on other images the run would not be the same run
@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in present if settings.overwrite else ():  # our own files and nothing else
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # rows after the checkpoint will come again
         write_rows(log.path, log.rows)

@@ -32,9 +32,9 @@ with its caption. Lengths and intervals are counted in samples, so they mean the
 size and number of GPUs.
 
 What comes out, in --out: checkpoints/, model.safetensors + config.json (the averaged weights, at
-the end), samples.png (a sheet with its captions), progress.png (one row for each evaluation),
-curves.png, log.csv, eval.csv. ds_config.json holds DeepSpeed's settings; what it leaves "auto"
-comes from the command line.
+the end), samples.png (a sheet with its captions), progress.png (one row for each evaluation,
+from strips/), curves.png, log.csv, eval.csv. ds_config.json holds DeepSpeed's settings; what it
+leaves "auto" comes from the command line.
 """
 
 import atexit
@@ -97,7 +97,8 @@ RECIPE = (
     "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
 )  # fmt: skip
 RECIPES = {
-    # The first four describe the world of shapes. The last is the largest micro-batch.
+    # In each row the first four values describe the world of shapes; the last limits the
+    # micro-batch if it is chosen automatically.
     "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
     "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000, 256),
@@ -207,8 +208,9 @@ class Settings(DataOptions):
 def learning_rate(settings: Settings, step: int) -> float:
     """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0.
 
-    A high rate learns fast, and the line down reduces the noise of the weights at the end. Large
-    presets keep the full rate for most of the run; the line of tiny spans its whole run.
+    A high rate learns fast, and the line down reduces the noise of the weights at the end. Presets
+    from 0.2b on keep the full rate for most of the run, small for half of it; the line of tiny
+    spans its whole run.
     """
     steps = -(-settings.samples // settings.batch_size)
     warmup = max(1, settings.warmup_samples / settings.batch_size)
@@ -236,7 +238,7 @@ class Samples(Dataset):
     """Positions in the sequence of samples → a Batch.
 
     __getitems__ and not __getitem__: torch's loader then asks for a whole micro-batch at once, and
-    rows of one chunk are read together.
+    draw makes it as one Batch.
     """
 
     def __init__(self, rows: Rows, seed: int):
@@ -327,9 +329,9 @@ def _leave_signals_to_the_trainer(worker: int):
 #     AdamW    moves the first half                 moves the second half
 #              └─── gather: every rank receives all new weights, as bf16 ───┘
 #
-# The averages are split with the moments, because rf.keep_averages makes them states of AdamW. The
-# traffic is that of plain data parallelism. tools/plan.py counts memory and traffic for any number
-# of GPUs.
+# The averages are split with the moments, because rf.keep_averages makes them states of AdamW. With
+# one pass a step the traffic is about that of plain data parallelism. tools/plan.py counts memory
+# and traffic for any number of GPUs and passes, and says what DeepSpeed's default adds.
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -391,8 +393,8 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
     """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings.
 
     A value that stands in the file and on the command line could differ, and DeepSpeed would use
-    the file's. So the file says "auto" for whatever the command line knows, and anything else there
-    must agree.
+    the file's. So the file says "auto" for what the command line knows; a number in place of "auto"
+    must equal the command line's.
     """
     file = settings.ds_config
     try:
@@ -443,7 +445,7 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
 
 
 class Requests:
-    """A signal reaches one rank; all ranks must save or stop at the same step, or they hang.
+    """A signal may reach some ranks only; all must save or stop at the same step, or they hang.
 
     Each step starts an asynchronous all-reduce of the requests, over gloo in host memory, and reads
     the result of the step before. So no rank waits, and all act together, one step later than
@@ -615,7 +617,8 @@ class Run:
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         pinned = self.engine.device.type == "cuda"
         batches = loader(self.rows, self.settings, self.seen, micro_batch, self.ranks, pinned)
-        # A thread. It starts after the workers: to fork a process with threads can deadlock.
+        # The copier is a thread. It starts after the workers, because forking a process that has
+        # threads can deadlock.
         if self.copier is not None:
             self.copier.begin(self.seen)
         return batches
@@ -758,7 +761,7 @@ class Run:
 
 def gather_losses(losses: torch.Tensor) -> torch.Tensor:
     """(k,) of each rank → (ranks, k), on the device: the log's only traffic, once an interval."""
-    # One tensor for all: a list of tensors would be copied.
+    # Gathered straight into one tensor; a list of tensors would need a further copy.
     table = losses.new_empty(dist.get_world_size(), len(losses))
     dist.all_gather_into_tensor(table.view(-1), losses)
     return table
@@ -768,7 +771,7 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 # 5 Save and resume
 # ------------------------------------------------------------------------------------------------
 # Each save makes one folder, a checkpoint. It is complete or not there at all:
-#     zero_pp_rank_*   DeepSpeed's shards of weights, moments and averages (pickles)
+#     *zero_pp_rank_*  DeepSpeed's shards of weights, moments and averages (pickles)
 #     mp_rank_*        DeepSpeed's copy of the weights
 #     run.json         settings, facts, position, log: what the trainer itself remembers
 # A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint repartitions it (Run.load).
@@ -863,7 +866,7 @@ def to_universal(path: Path, ranks: Ranks):
         if done.returncode:
             print(done.stdout, done.stderr, file=sys.stderr)
             failed += 1
-        else:  # the converter writes Adam's states only; load_checkpoint also reads others
+        else:  # the converter writes Adam's states only; DeepSpeed also reads others
             for name in map(rf.average_name, EMA_WIDTHS):
                 for parameter, average in read_averages(path, [name])[name].items():
                     file = target / path.name / "zero" / parameter / f"{name}.pt"
@@ -930,7 +933,7 @@ def launch(typed: dict):
     finally:
         if copier is not None:
             copier.close()
-    # 5. The averaged weights, for everyone else: plain safetensors.
+    # 5. Write the averaged weights as safetensors, for programs that do not use DeepSpeed.
     if ranks.rank == 0:
         model, _ = open_checkpoint(out)
         facts = run_facts(settings, rows, model.config, run.seen)

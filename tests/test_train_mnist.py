@@ -168,6 +168,8 @@ def test_a_folder_with_a_run_is_not_overwritten_by_accident(done, run, quick, tm
             f"--out {out} already holds a run: continue it with --resume, replace it with" in line
         )
     run(tmp_path, "--resume", "--steps", 1)  # killed before its first checkpoint: it begins
+    run(tmp_path, "--overwrite", "--dry-run")  # in another folder
+    assert [row["step"] for row in records(tmp_path / "log.csv")] == ["1"]
     run(tmp_path, "--overwrite", "--steps", 2)
     assert [row["step"] for row in records(tmp_path / "log.csv")] == ["2"]
 
