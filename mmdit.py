@@ -189,16 +189,16 @@ def fitted(
 # so decay·m keeps the product the same at every width (CompleteP, 2505.01618). Inputs of a fixed
 # size (patch values, sinusoids, text features) have m = 1. At the start weights and inputs are
 # independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
-# The text's projection starts at zero, as in AuraFlow. Weight decay keeps the weights that multiply
-# inputs small. Biases and positions are added, and registers are tokens of their own, so they do
-# not decay. `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py
+# The text's projection starts at zero, as in AuraFlow. Weight decay keeps weights small if they
+# multiply an input. Biases and positions are added, and registers are tokens of their own, so they
+# do not decay. `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py
 # and experiments/lr_transfer.py measure it.
 
 
 class Role(NamedTuple):
     """A parameter's row in muP's table (Tensor Programs V, Table 3)."""
 
-    init: str  # "fan_in": N(0, 1/fan_in); "zero"; "own": set by name in init_weights
+    init: str  # "fan_in": N(0, 1/fan_in); "zero"; "own": biases zero, tables by name (init_weights)
     decays: bool  # whether weight decay applies
 
 
@@ -332,7 +332,7 @@ class TimeEmbedding(nn.Module):
 # rules, which hold for every line of a block and of MMDiT.forward:
 #     static shapes       they follow from config and batch, never from values: no mask, no nonzero
 #     no host reads       no .item(), .tolist() or .cpu(): the host would wait for the device
-#     no branches         on values of tensors; `if` asks the config and shapes only
+#     no branches         `if` asks the config and shapes only, never the values of tensors
 #     no host data        no tensor is built from Python numbers; tables are parameters or buffers
 # tests/test_mmdit.py checks them: blocks compile as one graph (no branch), are not compiled again
 # for the same shapes, and a recorder of operators (tests/host_reads.py) sees no read by the host.
@@ -514,8 +514,9 @@ class MMDiT(nn.Module):
         patch_embed, positions, final_modulation, and the gates of image tokens. Step 3 moves all
         that lies before an open gate, with text_embed and time_embed; step 4 the text's own updates
         in double blocks. The warm-up is longer, so the rate is still small during these steps.
-        (With the auraflow residual the attention gates, and all before them, move one step later;
-        without registers so do the text's weights in double blocks.)
+        (With the auraflow residual the attention gates, and all before them, move one step later.
+        Without registers the text tokens are still zero at step 3, so the weights that read them in
+        double blocks move one step later, too.)
         """
         for module in self.modules():
             if isinstance(module, Linear):

@@ -59,8 +59,9 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) → (B, 1, ...), to meet x (B, ...). Without this, t would broadcast against the last
-    axis, W, silently if B = W. Any other shape is an error: a (1,) would broadcast over B."""
+    """t (B,) → (B, 1, ...), to meet x (B, ...). Without this, torch would align t with
+    the last axis, W: if B = W, that is no error but a wrong result. Any other shape is refused,
+    because a (1,) would be repeated over B."""
     if t.shape != x.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}, must be ({x.shape[0]},): one per sample")
     return t.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
@@ -162,7 +163,7 @@ def uniform_at(seed: int, purpose: str, numbers: Sequence[int]) -> list[float]:
 
 
 def spread(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
-    """u (n,) fp32 in [0, 1], 1 by rounding only: sample i draws from the i-th of n equal slices.
+    """u (n,) fp32 in [0, 1) (rounding may give 1). Sample i draws from the i-th of n equal slices.
 
     The loss varies strongly with t. If the times of a batch were independent, some batches would
     hold mostly hard times, and gradients would be noisier. Slices make every batch cover all of
@@ -174,8 +175,8 @@ def spread(n: int, generator: torch.Generator | None = None, device=None) -> Ten
 
 
 def spread_at(seed: int, positions: Sequence[int]) -> Tensor:
-    """u (n,) fp32 in [0, 1) for samples at these positions. It needs no batch to divide into
-    slices.
+    """u (n,) fp32 in [0, 1) for samples at these positions. Unlike spread, it need not know the
+    whole batch.
 
     Neighbouring positions lie a golden step apart (a low-discrepancy sequence). So any block of
     positions covers all of time evenly, on every rank, and u depends on seed and position alone.
@@ -487,9 +488,9 @@ def reflow_states(
     The first state is the noise, the last the data that the model makes of it. A new flow, trained
     with squared error on lines between such pairs, makes the same distribution (Liu et al. 2022,
     2209.03003, Theorem 3.3) at no higher transport cost (Theorem 3.5). If reflow is repeated, the
-    paths become straight (Theorem 3.7). With K segments the states at timesteps(K, shift) are
-    returned too. Then each piece alone must become straight, and sampling takes K steps (PeRFlow,
-    2405.07510).
+    paths become straight (Theorem 3.7). With segments = K > 1 the K − 1 states between
+    noise and data are returned too; all lie at timesteps(K, shift). Then each piece alone must
+    become straight, and sampling takes K steps (PeRFlow, 2405.07510).
     options: those of sample. If the pairs are made with guidance (cfg), the new flow is sampled
     without (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
     """
@@ -518,7 +519,7 @@ def line(
         K ≥ 1  Noise and data belong together; an older flow made them. This is reflow. The states
                lie at timesteps(K, shift): shift must be the one that made them. It sets the ends
                of the pieces and does not move the time inside a piece.
-    u (B,) in [0, 1), evenly spread: TIME_DISTRIBUTIONS[time] turns it into times.
+    u (B,) in [0, 1], evenly spread: TIME_DISTRIBUTIONS[time] turns it into times.
     segments: number of straight pieces of the path. It must divide K, and be 1 at K = 0. The whole
         part of u·segments is the number of the piece, 0 next to the noise; the fraction gives the
         time inside the piece. With time="start" this is distillation in `segments` steps.
@@ -610,15 +611,15 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
 
     Each weight gets a state "ema_<width>" beside Adam's moments, θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ in fp32.
         θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1},   t = 1, 2, … steps   (EDM2, eq. 127)
-    An exponential average has a fixed length in steps: too short for a long run, and for a short
-    one so long that it still holds the initial weights. This one has a width that is a share of the
-    run so far (the standard deviation of its profile), so one value suits every length.
-    t is counted in each parameter group as "updates". The averages are states of the optimizer, so
-    state_dict saves them and load_state_dict loads them. Under ZeRO-2 AdamW's weights are flat
-    shards, so each rank holds only its shard of the averages; a whole one might not fit. The hook
-    runs after a step of AdamW, so a skipped step does not count. It is a hook and not a subclass,
-    because DeepSpeed accepts AdamW itself but not a subclass of it. Call keep_averages before
-    DeepSpeed takes the optimizer over.
+    An exponential average has a fixed length in steps. In a long run this length is too short. In a
+    short run it is too long: the average still holds the initial weights. This one has a width that
+    is a share of the run so far (the standard deviation of its profile), so one value suits every
+    length. t is counted in each parameter group as "updates". The averages are states of the
+    optimizer, so state_dict saves them and load_state_dict loads them. Under ZeRO-2 AdamW's weights
+    are flat shards, so each rank holds only its shard of the averages; a whole one might not fit.
+    The hook runs after a step of AdamW, so a skipped step does not count. It is a hook and not a
+    subclass, because DeepSpeed accepts AdamW itself but not a subclass of it. Call keep_averages
+    before DeepSpeed takes the optimizer over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -664,8 +665,8 @@ def exchange_averages(adamw: torch.optim.Optimizer, name: str):
 def posthoc_coefficients(
     snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float
 ) -> np.ndarray:
-    """Coefficients of the sum of stored averages that is nearest to another one (EDM2, section
-    3.2).
+    """Coefficients with which a sum of stored averages comes nearest to an average that was not
+    stored (EDM2, section 3.2).
 
     snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints.
     step, sigma_rel: of the wanted one, not later than the last. Returns one coefficient for each

@@ -97,7 +97,7 @@ class Settings(DataOptions):
         None, "form of a block: prenorm or auraflow (the preset's)", choices=RESIDUALS, fixed=True
     )
     init: Path | None = option(
-        None, "start from the weights of run INIT, with its network and settings", local=True
+        None, "start from run INIT: weights, network, encoders, size, guidance, shift", local=True
     )
 
     # Training. lr holds at every width (muP): it need not change between presets that differ only
@@ -242,7 +242,7 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
             lr = settings.lr * learning_rate(settings, step)
             step += 1
             row = log.end_step(step, step * B, norm, lr=lr)
-            if row:  # once in LOG_EVERY steps: here, and to save, the host waits for the device
+            if row:  # once in LOG_EVERY steps; the host waits for the device only here and to save
                 check_finite(log, row, path)
                 show(bar, row, flops, peak)
             request = signals.take()
@@ -396,14 +396,14 @@ def main(argv: list[str] | None = None):
         settings = replace(settings, steps=1, sample_steps=1)
     # 3. Network and optimizer.
     model, adamw = build(settings, rows, state, device)
-    # 4. The folder. That of a dry run is deleted, so it can be tried beside a real run.
+    # 4. The folder. A dry run takes a temporary one, so it does not touch a run in --out.
     with tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out) as folder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in present if settings.overwrite else ():  # our own files and nothing else
             (folder / name).unlink(missing_ok=True)
         log = Log(folder / "log.csv", LOG_EVERY)
-        log.rows = list(state.get("log", []))  # rows after the checkpoint will come again
+        log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
         write_rows(log.path, log.rows)
         # 5. Train, and write the results, also those of a run that was stopped.
         path = folder / "checkpoint.pt"

@@ -28,8 +28,9 @@ One sample on its way:
 
 Words. A rank is one process, with one GPU or on the CPU. A step moves the weights once. It may take
 several passes (micro-batches) of each rank, whose gradients are averaged. A sample is one image
-with its caption. Lengths and intervals are counted in samples, so they mean the same at any batch
-size and number of GPUs.
+with its caption. The lengths of the run, its warm-up and its cooldown, and the intervals between
+evaluations and between saves, are counted in samples: so they mean the same at any batch size and
+number of GPUs.
 
 What comes out, in --out: checkpoints/, model.safetensors + config.json (the averaged weights, at
 the end), samples.png (a sheet with its captions), progress.png (one row for each evaluation,
@@ -81,8 +82,9 @@ from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
 LOG_EVERY = 10  # steps in one row of log.csv
 BETAS, EPS = (0.9, 0.99), 1e-15  # as in chapter 1: a tiny eps, or the rate would not transfer (muP)
-# Two averages of the weights. From two, over several checkpoints, any width between them can be
-# made afterwards (EDM2, section 3.2): the best width is known only when the run is over.
+# Two averages of the weights. If several checkpoints are kept, an average of any width between
+# the two can be computed afterwards (EDM2, section 3.2): the best width is known only when the run
+# is over.
 EMA_WIDTHS = (0.05, 0.10)
 
 # ------------------------------------------------------------------------------------------------
@@ -714,7 +716,7 @@ class Run:
         if self.saved_at == self.seen:  # just saved, for another reason
             return
         self.saved_at = self.seen
-        # facts: what a sampler needs to know. The rest is for a resume.
+        # For a sampler: facts, model, widths and step. For a resume: all but facts and model.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
         record = {
             "samples": self.seen,
@@ -736,7 +738,8 @@ class Run:
     def load(self, path: Path, record: dict):
         """Put back weights, shards, schedule, counts and log from a checkpoint.
 
-        One of another number of ranks is repartitioned first; __init__ told DeepSpeed to expect it.
+        If another number of ranks wrote it, it is repartitioned first; __init__ has told DeepSpeed
+        to expect that.
         """
         if record["world_size"] != self.ranks.count:
             to_universal(path, self.ranks)

@@ -610,7 +610,7 @@ class Batch(NamedTuple):
     stored: Tensor  # uint8 (B, C, H, W), or fp16: latents (B, 2 or 1, C, h, w), states (B, K+1, …)
     text: Text
     dropped: Tensor | None  # (B,) bool: whose caption is left out
-    u: Tensor  # (B,) fp32 in [0, 1): where on the path to train
+    u: Tensor  # (B,) fp32 in [0, 1]: where on the path to train
     noise: Tensor  # (B, C, h, w) fp32
     vae_noise: Tensor | None  # (B, C, h, w) fp32 for a VAE
 
