@@ -20,10 +20,10 @@ rows are zero, as in AuraFlow, and the network learns to ignore them. So all sha
 Shapes: B batch, C channels, H x W image, p patch side, N = (H/p)(W/p) image tokens, T text tokens,
 R registers, D width (dim), h heads, d = D/h head_dim, E text features, L tokens of a sequence.
 
-dtype: the weights decide, fp32 or bf16. Under bf16 these stay fp32: t and its sinusoids (bf16
-rounds t = 0.999 to 1), the statistics of every norm, the running sums inside attention and matrix
-products, and outside this file the loss, the optimizer's weights and moments, and the averages
-(rf.py).
+dtype: the weights decide, fp32 or bf16. Under bf16 these stay fp32: t and the angles of
+its sinusoids (bf16 rounds t = 0.999 to 1), the statistics of every norm, the running sums inside
+attention and matrix products, and outside this file the loss, the optimizer's weights and moments,
+and the averages (rf.py).
 
 Sources: SD3 (Esser et al. 2024, arXiv 2403.03206) for the double block, DiT (Peebles & Xie 2022,
 2212.09748) for adaLN-zero and the single block, AuraFlow (Fal 2024) for their mix and the muP
@@ -74,9 +74,10 @@ class MMDiTConfig:
 
     def __post_init__(self):
         for field, value in asdict(self).items():
-            if field not in ("n_double_layers", "n_registers", "residual"):
-                self._require(field, value >= 1, "must be at least 1")
-        self._require("n_registers", self.n_registers >= 0, "must not be negative")
+            if field != "residual":
+                least = 0 if field in ("n_double_layers", "n_registers") else 1
+                whole = type(value) is int and value >= least
+                self._require(field, whole, f"must be a whole number, at least {least}")
         double_fits = 0 <= self.n_double_layers <= self.n_layers
         self._require("n_double_layers", double_fits, f"must lie in 0..n_layers={self.n_layers}")
         divides = self.dim % self.head_dim == 0
@@ -189,10 +190,10 @@ def fitted(
 # so decay·m keeps the product the same at every width (CompleteP, 2505.01618). Inputs of a fixed
 # size (patch values, sinusoids, text features) have m = 1. At the start weights and inputs are
 # independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
-# The text's projection starts at zero, as in AuraFlow. Weight decay keeps weights small if they
-# multiply an input. Biases and positions are added, and registers are tokens of their own, so they
-# do not decay. `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py
-# and experiments/lr_transfer.py measure it.
+# The text's projection starts at zero, as in AuraFlow. Only weights that multiply an input
+# decay. Biases and positions are added, and registers are tokens of their own, so they do not.
+# `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py and
+# experiments/lr_transfer.py measure it.
 
 
 class Role(NamedTuple):
@@ -271,7 +272,8 @@ def sines_2d(grid: int, dim: int) -> Tensor:
     """(grid·grid, dim) fp32: half of the features tell the row, half the column (as in MAE).
 
     Attention itself does not know where a token lies. Frequencies fall from 1 almost to 1/grid²
-    radians per row: the high ones tell neighbours apart, the low ones grow evenly over the grid.
+    radians per row: sines of high frequency tell neighbours apart, those of low frequency change
+    slowly and steadily over the grid.
     """
     frequencies = torch.exp(-math.log(grid**2) * torch.arange(dim // 4) / (dim // 4))  # (dim/4,)
     angles = torch.arange(grid)[:, None] * frequencies  # (grid, dim/4)
@@ -300,12 +302,12 @@ class SwiGLU(nn.Module):
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] → cond (B, D): 256 sinusoids of 1000·t (cosines first), Linear-SiLU-Linear.
 
-    If its input is one number, a network cannot easily learn a function of it that changes quickly.
+    A network that gets t as one number cannot easily learn a function that changes quickly with t.
     It can if it gets sinusoids of many frequencies instead (of 1000·t, as in AuraFlow). They are
-    fp32 whatever the weights are:
-    bf16 would round t = 0.999 to 1. The buffer is an integer, so `.bfloat16()` cannot change it.
-    In DiT every modulation starts with a SiLU of cond. It is the same for all blocks, so it is
-    computed here once.
+    computed in fp32, and only the finished ones are rounded to the dtype of the weights: if t
+    itself were rounded to bf16, 0.999 would become 1. The buffer is an integer, so `.bfloat16()`
+    cannot change it. In DiT every modulation starts with a SiLU of cond. It is the same for all
+    blocks, so it is computed here once.
     """
 
     N_SINUSOIDS = 256
@@ -381,7 +383,7 @@ class Stream(nn.Module):
         return norm(q), norm(k), v
 
     def update(self, x: Tensor, attended: Tensor, attn: Modulation, mlp: Modulation) -> Tensor:
-        """Add attention and MLP to x. x and attended, its heads joined: (B, L, D).
+        """Add attention and MLP to x. x (B, L, D); attended (B, L, D), with joined heads.
 
         prenorm:   x ← x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(x)))     (DiT)
         auraflow:  y = x + g₁·out(attended);   x ← x + g₂·mlp(mod(norm(y)))
@@ -509,14 +511,14 @@ class MMDiT(nn.Module):
     def init_weights(self):
         """Every weight, once: by its role, then the two tables, which have a rule of their own.
 
-        A weight gets no gradient while a zero weight lies on every way from it to the output. So
-        training starts at the end of the network. Step 1 moves only `final`. Step 2 moves
-        patch_embed, positions, final_modulation, and the gates of image tokens. Step 3 moves all
-        that lies before an open gate, with text_embed and time_embed; step 4 the text's own updates
-        in double blocks. The warm-up is longer, so the rate is still small during these steps.
-        (With the auraflow residual the attention gates, and all before them, move one step later.
-        Without registers the text tokens are still zero at step 3, so the weights that read them in
-        double blocks move one step later, too.)
+        A weight gets no gradient as long as every path from it to the output passes through some
+        weight that is zero. So training starts at the end of the network. Step 1 moves only
+        `final`. Step 2 moves patch_embed, positions, final_modulation, and the gates of image
+        tokens. Step 3 moves all that lies before an open gate, text_embed and time_embed included;
+        step 4 the weights in double blocks that change text tokens only. The warm-up is longer, so
+        the rate is still small during these steps. (With the auraflow residual the attention gates,
+        and all before them, move one step later. Without registers the text tokens are still zero
+        at step 3, so the weights that read them in double blocks move one step later, too.)
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -672,7 +674,8 @@ class MMDiT(nn.Module):
 
         Matrix products only, exactly as torch's FlopCounterMode counts them. The usual estimate
         6·parameters·tokens for training would claim 63 % too much for AuraFlow at 256 pixels: a
-        third of its weights are modulations, which are used once per image and not once per token.
+        third of its weights are modulations, which are used once per image and not once per token,
+        and a token uses only one of the two streams of a double block.
         """
         config, D = self.config, self.config.dim
         N = (height // config.patch_size) * (width // config.patch_size)
@@ -697,38 +700,58 @@ class MMDiT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """The sum of all weights, their bits taken as whole numbers: it changes if one of them does."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(int(x.view(whole[x.itemsize]).sum()) for x in tensors.values()) % 2**63
+
+
 def save_model(path: str | Path, model: MMDiT, **sections):
     """Write path/model.safetensors and path/config.json; each replaced whole or not at all.
 
-    config.json holds {"model": the MMDiTConfig, **sections}: further sections are the caller's.
+    config.json holds {"model": the MMDiTConfig, "checksum": that of the weights, **sections}; the
+    sections are the caller's. Raises FloatingPointError if a weight is not finite.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
-    save_file(tensors, path / "model.safetensors.partial")
-    contents = {"model": asdict(model.config), **sections}
-    (path / "config.json.partial").write_text(json.dumps(contents, indent=2) + "\n")
-    # save_file lets only the owner read its file; others on the cluster should be able to.
-    shutil.copymode(path / "config.json.partial", path / "model.safetensors.partial")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(path / f"{name}.partial", path / name)
+    if not all(x.isfinite().all() for x in tensors.values()):
+        raise FloatingPointError(f"weights that are not finite are not written to {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    contents = {"model": asdict(model.config), "checksum": checksum(tensors), **sections}
+    partial = [path / "model.safetensors.partial", path / "config.json.partial"]
+    try:
+        save_file(tensors, partial[0])
+        partial[1].write_text(json.dumps(contents, indent=2) + "\n")
+        # save_file lets only the owner read its file; others on the cluster should be able to.
+        shutil.copymode(partial[1], partial[0])
+        for file in partial:
+            os.replace(file, file.with_suffix(""))
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        for file in partial:
+            file.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> MMDiT:
     """The model that save_model wrote, in eval mode.
 
-    Raises FileNotFoundError if a file is missing, ValueError if weights and config do not match.
+    Raises FileNotFoundError if a file is missing, ValueError if weights and config do not match,
+    or if the weights are not those that were written.
     """
     path = Path(path)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no {name}: give the folder of a finished run")
-    config = json.loads((path / "config.json").read_text())
     try:
+        config = json.loads((path / "config.json").read_text())
         model = MMDiT(MMDiTConfig(**config["model"]))
-        model.load_state_dict(load_file(path / "model.safetensors"))
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path}: weights and config.json do not match: {error}") from error
+        tensors = load_file(path / "model.safetensors")
+        model.load_state_dict(tensors)
+        if config["checksum"] != checksum(tensors):
+            raise ValueError("the weights have changed")
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"weights and config.json do not match: {error}"
+        raise ValueError(f"{path} is damaged, {reason}") from error
     return model.to(device).eval()
 
 

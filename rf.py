@@ -14,9 +14,9 @@ So a prediction of v is also a prediction of the clean image and of the noise.
 Why this makes pictures. Many lines pass through one point x_t, because many pairs of data and noise
 meet there. The network sees only the point, so it cannot know which line it is on. The answer with
 the least squared error is the mean over these lines: v(x, t) = E[noise − data | x_t = x]. Let p_t
-be the density of x_t. Add up the velocities of all lines through x, each times the density of that
-line: the sum, p_t times the mean velocity, is what flows through x. So p_t obeys the continuity
-equation ∂p_t/∂t + ∇·(p_t·v) = 0. Hence points that start with the density p_1, Gaussian noise, and
+be the density of x_t. Each line through x carries some probability with its own velocity. Together
+they carry p_t(x) times the mean velocity v(x, t). So p_t obeys the continuity equation
+∂p_t/∂t + ∇·(p_t·v) = 0. Hence points that start with the density p_1, Gaussian noise, and
 follow dx/dt = v(x, t) from t = 1 down to t = 0 end with the density p_0, that of the data (Liu et
 al. 2022, 2209.03003, Theorem 3.3). (The paper has t = 0 for noise and t = 1 for data.)
 
@@ -90,7 +90,7 @@ def rf_loss(
 
     With e = v − (noise − data):
     "mse"            mean over the sample's values of e². Its minimiser is the conditional mean,
-                     which the argument above needs.
+                     which the derivation at the top of this file needs.
     "pseudo_huber"   √(‖e‖² + c²) − c, c = 0.00054·√dim (Song & Dhariwal 2023, 2310.14189, section
                      3.3). Large errors count less. Its minimiser is not the mean. So use it for
                      reflow, where hardly ever more than one line passes through a point, and not
@@ -215,11 +215,11 @@ def shift_time(t, shift: float):
 
     Neighbouring pixels of a large image are nearly equal, so averaging them removes noise: at the
     same t a large image is easier to guess than a small one. So the times of a large image are
-    shifted towards the noise, by α = √(m/n), where it has m pixels and the small one n. Training
-    and sampling should use the same α. The ends stay where they are.
-    t: float or tensor in [0, 1]; shift = α > 0.
+    shifted towards the noise, by α = √(m/n), where the large image has m pixels and the small one
+    n. Training and sampling should use the same α. The ends stay where they are. t: float or tensor
+    in [0, 1]; shift = α > 0.
     """
-    if shift <= 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"shift = {shift} must be positive; 1 leaves time alone")
     return shift * t / (1 + (shift - 1) * t)
 
@@ -332,8 +332,8 @@ def rf_solver_step(v, x, t, h):
     """Second order, two evaluations: RF-Solver (2411.04746), x + h·v + ½h²·v'.
 
     v' is the derivative of v along the path. RF-Solver takes it as a finite difference over half a
-    step, v' = (v(x + h/2·v, t + h/2) − v) / (h/2). Put in, this gives x + h times the velocity at
-    the midpoint: the classical midpoint method.
+    step, v' = (v(x + h/2·v, t + h/2) − v) / (h/2). Inserted above, this gives x + h·v_mid with
+    the velocity v_mid at the midpoint: the classical midpoint method.
     """
     return x + h * v(x + h / 2 * v(x, t), t + h / 2)
 
@@ -457,8 +457,8 @@ def straightness(
 
     0 if and only if the path is straight and its speed constant: then one Euler step is exact. The
     mean over samples is the S of Liu et al. 2022 (2209.03003, eq. 5). The path has `steps` Euler
-    steps of equal size. So the difference of two states over the step size is the model's velocity,
-    and no second evaluation is needed.
+    steps of equal size. So the difference of two neighbouring states, divided by the step size, is
+    the model's velocity, and no second evaluation is needed.
     """
     options = {"null_text": null_text, "cfg": cfg, "steps": steps}
     path = sample(model, noise, text, return_trajectory=True, **options)
@@ -486,13 +486,13 @@ def reflow_states(
     """The path of the model from this noise, at segments + 1 points: (B, segments + 1, ...).
 
     The first state is the noise, the last the data that the model makes of it. A new flow, trained
-    with squared error on lines between such pairs, makes the same distribution (Liu et al. 2022,
-    2209.03003, Theorem 3.3) at no higher transport cost (Theorem 3.5). If reflow is repeated, the
-    paths become straight (Theorem 3.7). With segments = K > 1 the K − 1 states between
-    noise and data are returned too; all lie at timesteps(K, shift). Then each piece alone must
-    become straight, and sampling takes K steps (PeRFlow, 2405.07510).
-    options: those of sample. If the pairs are made with guidance (cfg), the new flow is sampled
-    without (cfg = 1; InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
+    with squared error on lines between such pairs, makes the same distribution as the first (Liu et
+    al. 2022, 2209.03003, Theorem 3.3) at no higher transport cost (Theorem 3.5). If reflow is
+    repeated, the paths become straight (Theorem 3.7). With segments = K > 1 the K − 1 states
+    between noise and data are returned too; all lie at timesteps(K, shift). Then each piece alone
+    must become straight, and sampling takes K steps (PeRFlow, 2405.07510). options: those of
+    sample. If the pairs are made with guidance (cfg), the new flow is sampled without (cfg = 1;
+    InstaFlow, 2309.06380). Raises ValueError if segments do not divide steps.
     """
     if segments < 1 or steps % segments:
         raise ValueError(f"steps = {steps} must be a multiple of segments = {segments}")
@@ -530,6 +530,8 @@ def line(
         piece starts at noise.
     Raises ValueError if segments or beta are not allowed.
     """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta = {beta} must lie in [0, 1]")
     K = states.shape[1] - 1
     if K == 0 and segments == 1:
         return states[:, 0], fresh_noise, time_at(u, time, shift)
@@ -554,9 +556,9 @@ def line_at(
     """The straight piece on which t (B,) lies, extended to t = 0 and t = 1: → data, noise.
 
     So x_t = (1 − t)·data + t·noise lies on the piece, and noise − data is its slope: rf_loss needs
-    no change for pieces. At a time where two pieces meet the lower one (nearer to the data) is
-    taken, because a sampler that arrives at this time goes on along that piece. Arguments as in
-    `line`.
+    no change for pieces. If t is a time at which two pieces meet, the lower piece (nearer to the
+    data) is taken, because a sampler that arrives at this time goes on along that piece. Arguments
+    as in `line`.
     """
     K = states.shape[1] - 1
     if K == 0:
@@ -598,10 +600,10 @@ def transport_cost(data: Tensor, noise: Tensor) -> Tensor:
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """The exponent γ whose profile has relative width σ (EDM2, eq. 126): 0.05 → 16.97, 0.10 → 6.94.
 
-    σ² = (γ + 1) / ((γ + 2)²(γ + 3)) as a cubic in γ; its largest real root. σ in (0, 0.2887).
+    σ² = (γ + 1) / ((γ + 2)²(γ + 3)) as a cubic in γ; its largest real root. σ in [0.001, 0.2887).
     """
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel = {sigma_rel} must lie in (0, {12**-0.5:.4f})")
+    if not 1e-3 <= sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel = {sigma_rel} must lie in [0.001, {12**-0.5:.4f})")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -612,14 +614,15 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     Each weight gets a state "ema_<width>" beside Adam's moments, θ̂(t) ∝ ∫₀ᵗ τ^γ θ(τ) dτ in fp32.
         θ̂ ← β·θ̂ + (1 − β)·θ,   β_t = (1 − 1/t)^{γ+1},   t = 1, 2, … steps   (EDM2, eq. 127)
     An exponential average has a fixed length in steps. In a long run this length is too short. In a
-    short run it is too long: the average still holds the initial weights. This one has a width that
-    is a share of the run so far (the standard deviation of its profile), so one value suits every
-    length. t is counted in each parameter group as "updates". The averages are states of the
-    optimizer, so state_dict saves them and load_state_dict loads them. Under ZeRO-2 AdamW's weights
-    are flat shards, so each rank holds only its shard of the averages; a whole one might not fit.
-    The hook runs after a step of AdamW, so a skipped step does not count. It is a hook and not a
-    subclass, because DeepSpeed accepts AdamW itself but not a subclass of it. Call keep_averages
-    before DeepSpeed takes the optimizer over.
+    short run it is too long: the average still holds the initial weights. Here step
+    τ has a weight ∝ τ^γ. The width is the standard deviation of τ under these weights, as a share
+    of the run so far, so one value suits every length. t is counted in each parameter group as
+    "updates". The averages are states of the optimizer, so state_dict saves them and
+    load_state_dict loads them. Under ZeRO-2 AdamW's weights are flat shards, so each rank holds
+    only its shard of the averages; a whole one might not fit. The hook runs after a step of AdamW,
+    so a skipped step does not count. It is a hook and not a subclass, because DeepSpeed accepts
+    AdamW itself but not a subclass of it. Call keep_averages before DeepSpeed takes the optimizer
+    over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
 
@@ -669,10 +672,10 @@ def posthoc_coefficients(
     stored (EDM2, section 3.2).
 
     snapshots: (step, sigma_rel) of each stored average, say of two profiles at several checkpoints.
-    step, sigma_rel: of the wanted one, not later than the last. Returns one coefficient for each
-    snapshot. They come from a least-squares fit of the profiles p(τ) = (γ+1)·τ^γ / T^{γ+1} on
-    [0, T], whose inner products have closed forms. The coefficients are then divided by their sum,
-    so that the result is a mean.
+    step, sigma_rel: of the wanted average; step is not later than the last snapshot. Returns one
+    coefficient for each snapshot. They come from a least-squares fit of the profiles p(τ) =
+    (γ+1)·τ^γ / T^{γ+1} on [0, T], whose inner products have closed forms. The coefficients are then
+    divided by their sum, so that the result is a mean.
     """
 
     def product(a, b):  # ∫ p_a p_b dτ over [0, min(T_a, T_b)], in units of the last step

@@ -26,11 +26,11 @@ from torch import Tensor
 
 import rf
 from common import pictures
-from common.auraflow import save_diffusers, save_pipeline
+from common.auraflow import check, save_diffusers, save_pipeline
 from common.log import append_row, write_rows
 from common.pipeline import Pipeline, Sampling
 from common.settings import option, parse
-from common.start import program
+from common.start import claim, owned, program, read_lines
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
@@ -58,6 +58,13 @@ class Settings(Sampling):
             len(self.export) != 2 or self.export[0] not in ("weights", "diffusers")
         ):
             raise ValueError(f"--export {' '.join(self.export)} must be weights or diffusers, OUT")
+        if (self.score or self.export) and (self.prompt or self.prompts):
+            raise ValueError("--score and --export draw no captions: drop them")
+        if self.score and self.export:
+            raise ValueError("--score and --export exclude each other")
+        if (self.against or self.at_steps) and not self.score:
+            raise ValueError("--against and --at-steps need --score")
+        pictures.png_path(self.out)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,7 +138,7 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
     for name, pipeline in pipelines.items():
         if not pipeline.facts["shapes"]:
             raise ValueError(f"--score: {name} was not trained on shapes")
-        worlds[name] = World(*(pipeline.facts[key] for key in World._fields))
+        worlds[name] = World.of(pipeline.facts)
         if worlds[name] != worlds[args.run]:
             raise ValueError(
                 f"--against {name}, of {worlds[name]}, must be of the world of {args.run},"
@@ -172,14 +179,8 @@ def export(pipeline: Pipeline, form: str, out: Path):
 
 def read_prompts(args: Settings) -> list[str]:
     """The captions of the command line, then those of --prompts."""
-    captions = list(args.prompt)
-    if args.prompts is not None:
-        if not args.prompts.is_file():
-            raise FileNotFoundError(
-                f"--prompts {args.prompts} is not there: give a text file, a caption on each line"
-            )
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        captions += [line.strip() for line in lines if line.strip()]
+    captions = [caption for caption in args.prompt if caption.strip()]
+    captions += read_lines(args.prompts, "--prompts") if args.prompts else []
     if not captions:
         raise ValueError("no caption given: write one in quotes, or give --prompts FILE")
     return captions
@@ -188,13 +189,18 @@ def read_prompts(args: Settings) -> list[str]:
 @program("sample_t2i.py")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    if not (args.score or args.export):
+    if args.export:
+        claim(Path(args.export[1]), "sample_t2i.py --export", "--export")
+    elif not args.score:
         read_prompts(args)  # a mistake shows before a large model is loaded
     pipelines = {name: args.open(name) for name in (args.run, *args.against)}
     pipeline = pipelines[args.run]
     if args.export:
         form, out = args.export
-        export(pipeline, form, Path(out))
+        if form == "diffusers":
+            check(pipeline.model.config)  # before a folder is made
+        with owned(Path(out), "sample_t2i.py --export", "--export"):
+            export(pipeline, form, Path(out))
         print(f"wrote {out}")
         return
     if args.cudagraphs and pipeline.device.type != "cuda":

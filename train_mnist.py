@@ -35,10 +35,23 @@ import torch
 import rf
 from common import pictures
 from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, eval_row, validation
-from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
+from common.log import Log, LogRow, append_row, device_peak, progress_bar, show, write_rows
 from common.pipeline import Pipeline, run_facts, settle_run
-from common.settings import option, parse
-from common.start import NOTHING, STOP, Signals, begin, choose_device, program, write_whole
+from common.settings import Checked, Count, fitting, option, parse
+from common.start import (
+    NOTHING,
+    STOP,
+    Signals,
+    begin,
+    choose_device,
+    claim,
+    intact,
+    line_of,
+    move_away,
+    owned,
+    program,
+    write_whole,
+)
 from inputs.rows import Batch, DataOptions, Rows
 from mmdit import PRESETS, RESIDUALS, MMDiT, fitted
 
@@ -91,7 +104,7 @@ class Settings(DataOptions):
     # The network. The preset gives width and depth; the data gives channels, grid and classes.
     preset: str = option("digits", ", ".join(PRESETS), choices=PRESETS, fixed=True, group="network")
     patch_size: int | None = option(
-        None, "side of a patch in pixels (the largest that fits the images)", fixed=True
+        None, "side of a patch in pixels (the largest that fits the images)", least=1, fixed=True
     )
     residual: str | None = option(
         None, "form of a block: prenorm or auraflow (the preset's)", choices=RESIDUALS, fixed=True
@@ -104,11 +117,19 @@ class Settings(DataOptions):
     # in width. rf.py explains time, shift and loss; segments and anneal are for pairs
     # (tools/pairs.py).
     steps: int = option(7500, "optimizer steps", least=1, fixed=True, group="training")
-    batch_size: int = option(64, "images a step", least=1, fixed=True)
-    lr: float = option(6e-3, "learning rate at the base width; holds over width", fixed=True)
+    batch_size: int = option(64, "images a step", least=1, most=2**20, fixed=True)
+    lr: float = option(
+        6e-3, "learning rate at the base width; holds over width", least=0, fixed=True
+    )
     warmup_steps: int = option(100, "in which the rate rises", least=1, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
-    ema: float = option(0.05, "width of the weights' average, a share of the run", fixed=True)
+    ema: float = option(
+        0.05,
+        "width of the weights' average, a share of the run",
+        least=0.001,
+        most=0.28,
+        fixed=True,
+    )
     shift: float = option(1.0, "above 1: more training times near the noise", above=0, fixed=True)
     time: str = option(
         "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
@@ -116,7 +137,11 @@ class Settings(DataOptions):
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(
-        0.0, "pairs: first share of the run, in which fresh noise gives way", least=0, fixed=True
+        0.0,
+        "pairs: first share of the run, in which fresh noise gives way",
+        least=0,
+        most=1,
+        fixed=True,
     )
     compile: bool | None = option(None, "compile the blocks (with CUDA and Triton)", local=True)
     device: str = option("auto", "auto, cpu, mps or cuda", local=True)
@@ -130,16 +155,13 @@ class Settings(DataOptions):
     # The run and its folder.
     out: Path = option(Path("runs/mnist"), "folder of the run's files", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
-    overwrite: bool = option(False, "replace the run in --out", local=True)
+    overwrite: bool = option(False, "begin anew; the run in --out becomes OUT.old", local=True)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
     dry_run: bool = option(False, "one step of everything, in a temporary folder", local=True)
 
     def __post_init__(self):
         """Refuse options that contradict each other, before any work is done."""
         super().__post_init__()
-        rf.gamma_from_sigma_rel(self.ema)  # ValueError if no average can have this width
-        if self.anneal > 1:
-            raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
         if self.resume and (self.overwrite or self.dry_run or self.init):
             raise ValueError("--resume goes with none of --overwrite, --dry-run and --init")
 
@@ -288,19 +310,31 @@ def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: L
     write_whole(path, buffer.getbuffer())
 
 
+@dataclass(frozen=True)
+class State(Checked):
+    """What checkpoint.pt holds: see save."""
+
+    settings: dict
+    rows: str
+    config: dict
+    step: Count
+    model: dict
+    adamw: dict
+    log: list[LogRow]
+
+
 def load(path: Path, device) -> dict:
-    """What save wrote. ValueError if it is not ours.
+    """What save wrote. ValueError if it is not ours, or damaged.
 
     weights_only: a pickle may run any code when it is opened; this refuses all but tensors and
     plain values.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        _ = [state[k] for k in ("settings", "rows", "config", "step", "model", "adamw", "log")]
-        return state
+        return fitting(State, torch.load(intact(path), map_location=device, weights_only=True))
     except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
         raise ValueError(
-            f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out"
+            f"{path} is damaged, or no checkpoint of this script ({line_of(error)}):"
+            " replace the run with --overwrite, or choose another --out"
         ) from error
 
 
@@ -329,9 +363,31 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
         group["base_lr"] = group["lr"]
     rf.keep_averages(adamw, [settings.ema])
     if state:
+        restore(model, adamw, state, settings)
+    return model, adamw
+
+
+def restore(model: MMDiT, adamw, state: dict, settings: Settings):
+    """Put the checkpoint's weights, moments and average in place. ValueError if they do not fit.
+
+    torch compares names and shapes of the weights, but accepts any optimizer state.
+    """
+    names, wanted = {"step", "exp_avg", "exp_avg_sq", rf.average_name(settings.ema)}, []
+    groups = [{*group, "updates"} for group in adamw.param_groups]
+    try:
         model.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
-    return model, adamw
+        for parameter in model.parameters():
+            shapes = {name: x.shape for name, x in adamw.state[parameter].items()}
+            wanted.append(shapes == dict.fromkeys(names, parameter.shape) | {"step": torch.Size()})
+        fits = all(wanted) and [set(group) for group in adamw.param_groups] == groups
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits or state["step"] > settings.steps:
+        raise ValueError(
+            f"{settings.out}/checkpoint.pt is damaged: its weights, optimizer and step"
+            f" {state['step']} are not those of such a run; replace it with --overwrite"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -376,6 +432,8 @@ def main(argv: list[str] | None = None):
     begin(device)
     out = typed.get("out", Settings.out)
     # 1. The run that is there: resume it, replace it, or refuse.
+    if not typed.get("dry_run"):
+        claim(out, "train_mnist.py")
     state = {}
     if typed.get("resume") and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", device)
@@ -397,11 +455,10 @@ def main(argv: list[str] | None = None):
     # 3. Network and optimizer.
     model, adamw = build(settings, rows, state, device)
     # 4. The folder. A dry run takes a temporary one, so it does not touch a run in --out.
-    with tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out) as folder:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in present if settings.overwrite else ():  # our own files and nothing else
-            (folder / name).unlink(missing_ok=True)
+    if settings.overwrite and not settings.dry_run and (out / "checkpoint.pt").exists():
+        move_away(out, "train_mnist.py")
+    where = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out)
+    with where as folder, owned(Path(folder), "train_mnist.py") as folder:
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
         write_rows(log.path, log.rows)

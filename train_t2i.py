@@ -50,7 +50,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -69,14 +69,27 @@ from common.log import Log, append_row, device_peak, progress_bar, show, write_r
 from common.pipeline import (
     RUN_FILE,
     Pipeline,
+    Record,
     checkpoints,
     open_checkpoint,
     read_averages,
     run_facts,
     settle_run,
 )
-from common.settings import option, parse
-from common.start import NOTHING, SAVE, STOP, Signals, begin, program
+from common.settings import option, parse, read_json
+from common.start import (
+    NOTHING,
+    SAVE,
+    STOP,
+    Signals,
+    begin,
+    claim,
+    intact,
+    line_of,
+    move_away,
+    owned,
+    program,
+)
 from inputs.rows import Batch, Copier, DataOptions, Rows
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
@@ -92,7 +105,7 @@ EMA_WIDTHS = (0.05, 0.10)
 # ------------------------------------------------------------------------------------------------
 
 # What a machine can do in reasonable time. The network is mmdit's preset of the same name. tiny and
-# tiny-wide are for two CPU cores: 25 minutes (tiny), few shapes and colours, 25 image tokens. The
+# tiny-wide are for two CPU cores: half an hour (tiny), few shapes and colours, 25 image tokens. The
 # others are for GPUs, with all shapes and colours; they were chosen by reasoning and have not run.
 RECIPE = (
     "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
@@ -128,7 +141,9 @@ class Settings(DataOptions):
 
     DATA = "shapes"  # the data if --data is not given
     # Workers prepare batches ahead. On a CPU they would compete with the training for its cores.
-    workers: int | None = option(None, "loader processes a rank (4 on GPUs, else 0)", local=True)
+    workers: int | None = option(
+        None, "loader processes a rank (4 on GPUs, else 0)", least=0, local=True
+    )
     # For data that does not fit on the local disk: its files (chunks of rows) are copied before
     # they are used and deleted afterwards.
     stage: Path | None = option(None, "a fast local disk: chunks are copied there", local=True)
@@ -155,11 +170,15 @@ class Settings(DataOptions):
     # speed. lr holds at every width (muP): it was searched with tiny. shift 2 was best on shapes:
     # near the noise the network decides what stands where, and the pictures have few details.
     samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
-    batch_size: int = option(64, "samples a step, of all ranks together", least=1, fixed=True)
+    batch_size: int = option(
+        64, "samples a step, of all ranks together", least=1, most=2**20, fixed=True
+    )
     # A larger pass uses a GPU better until its memory is full; the steps stay the same.
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
     most_at_once: int = option(64, "limit of an automatic micro-batch", least=1)
-    lr: float = option(4e-3, "learning rate at the base width; holds over width", fixed=True)
+    lr: float = option(
+        4e-3, "learning rate at the base width; holds over width", least=0, fixed=True
+    )
     warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
     cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
@@ -170,7 +189,11 @@ class Settings(DataOptions):
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(
-        0.0, "pairs: first share of the run, in which fresh noise gives way", least=0, fixed=True
+        0.0,
+        "pairs: first share of the run, in which fresh noise gives way",
+        least=0,
+        most=1,
+        fixed=True,
     )
     # A step whose gradient is not finite is skipped.
     max_bad_steps: int = option(20, "skipped steps in a row that end the run", least=1)
@@ -182,13 +205,15 @@ class Settings(DataOptions):
     cfg: float = option(3.0, "guidance of the pictures")
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(20, "solver steps of the pictures", least=1)
-    target_eval_loss: float | None = option(None, "stop when the validation loss is reached")
+    target_eval_loss: float | None = option(
+        None, "stop when the validation loss is reached", least=0
+    )
 
     # The run and its folder. A cluster stops jobs at their time limit: --resume continues a run or
     # begins it, so the same command can be queued again and again.
     out: Path = option(Path("runs/shapes"), "folder of the run's files", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
-    overwrite: bool = option(False, "replace the run in --out", local=True)
+    overwrite: bool = option(False, "begin anew; the run in --out becomes OUT.old", local=True)
     # A checkpoint of the 6.8B network holds 150 GB (22 bytes a parameter): save by time, keep few.
     save_every_samples: int = option(83_200, "between checkpoints", least=1)
     save_minutes: float | None = option(None, "also save when so many have passed", above=0)
@@ -201,8 +226,6 @@ class Settings(DataOptions):
     def __post_init__(self):
         """Refuse options that contradict each other, before any work is done."""
         super().__post_init__()
-        if self.anneal > 1:
-            raise ValueError(f"--anneal {self.anneal:g} must lie in [0, 1]")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
@@ -327,13 +350,15 @@ def _leave_signals_to_the_trainer(worker: int):
 #     weights  all, bf16                            all, bf16
 #     samples  0 … 31                               32 … 63
 #     backward gradients of all weights             gradients of all weights
-#              └─── reduce: the owner of each shard receives the mean of its gradients ───┘
+#              └─── reduce: the owner of each shard takes the mean of its gradients    ───┘
 #     AdamW    moves the first half                 moves the second half
 #              └─── gather: every rank receives all new weights, as bf16 ───┘
 #
-# The averages are split with the moments, because rf.keep_averages makes them states of AdamW. With
-# one pass a step the traffic is about that of plain data parallelism. tools/plan.py counts memory
-# and traffic for any number of GPUs and passes, and says what DeepSpeed's default adds.
+# The averages are split with the moments, because rf.keep_averages makes them states of AdamW. In
+# DeepSpeed's default, which ds_config.json keeps, every rank receives the whole mean gradient and
+# takes its own part of it. That is a quarter more traffic than plain data parallelism; to send each
+# part to its owner alone would be a quarter less. tools/plan.py counts memory and traffic for any
+# number of GPUs and passes.
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -400,12 +425,15 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
     """
     file = settings.ds_config
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"--ds-config {file} cannot be read: {error}") from error
+    for section in ("zero_optimization", "bf16"):
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise ValueError(f'{file}: "{section}" must be an object')
     # With stage 3 (split weights) or offloaded states, averages and weights would not lie side by
     # side on this device, and exchange_averages could not swap them. fp16 would need a loss scale.
-    zero = config.get("zero_optimization", {})
+    zero = config["zero_optimization"]
     if zero.get("stage") not in (1, 2):
         raise ValueError(
             f'{file}: "stage" {zero.get("stage")} must be 2 (or 1): part 3 of train_t2i.py'
@@ -439,7 +467,7 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
                 f"{file}: {key} {config[key]} contradicts the command line, which gives {value}"
                 f' ({batch} = {micro} x {ranks} ranks x {passes}): write "auto" there'
             )
-    bf16 = config.setdefault("bf16", {})
+    bf16 = config["bf16"]
     if bf16.get("enabled", "auto") not in ("auto", settings.precision == "bf16"):
         raise ValueError(f"{file}: bf16 contradicts --precision {settings.precision}")
     bf16["enabled"] = settings.precision == "bf16"
@@ -519,7 +547,7 @@ def train_step(run: "Run", batches: Iterator[Batch]):
             )
         with record_function("part forward"):
             loss = rf.rf_loss(engine, data, text, t=t, noise=noise, loss=settings.loss).mean()
-        with record_function("part backward"):  # gradients travel to the owners of their shards
+        with record_function("part backward"):  # gradients are averaged over the ranks
             engine.backward(loss)
         with record_function("part step"):
             engine.step()  # only the last pass of a step moves the weights
@@ -562,6 +590,7 @@ class Run:
 
     def __init__(self, settings: Settings, rows: Rows, ranks: Ranks, record: dict | None):
         import deepspeed
+        import pydantic
 
         self.settings, self.rows, self.ranks = settings, rows, ranks
         self.step, self.seen, self.saved_at, self.bad_in_row = 0, 0, None, 0
@@ -593,8 +622,8 @@ class Run:
         fused = device.type in ("cpu", "cuda")
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
         rf.keep_averages(self.adamw, EMA_WIDTHS)  # before DeepSpeed takes the optimizer over
-        # torch's LambdaLR scales the rate of each group. DeepSpeed's WarmupLR would give all groups
-        # the same rate, and muP would be lost.
+        # torch's LambdaLR scales the rate of each group. DeepSpeed's WarmupLR, given
+        # one number, would give all groups the same rate, and muP would be lost.
         rate = partial(learning_rate, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
         # DeepSpeed takes model and optimizer over: it casts the weights to the precision, makes
@@ -602,13 +631,17 @@ class Run:
         config = read_ds_config(settings, ranks.count)
         if record and record["world_size"] != ranks.count:  # load() will repartition the checkpoint
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.adamw,
-            lr_scheduler=self.schedule,
-            config=config,
-            dist_init_required=False,
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.adamw,
+                lr_scheduler=self.schedule,
+                config=config,
+                dist_init_required=False,
+            )
+        except (pydantic.ValidationError, TypeError, AssertionError) as error:
+            said = ": ".join(f"{error}".splitlines()[1:3]) or str(error)
+            raise ValueError(f"{settings.ds_config} is refused by DeepSpeed: {said}") from error
         # Choose the captions of the evaluations; open the log, which rank 0 writes.
         self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
@@ -716,7 +749,7 @@ class Run:
         if self.saved_at == self.seen:  # just saved, for another reason
             return
         self.saved_at = self.seen
-        # For a sampler: facts, model, widths and step. For a resume: all but facts and model.
+        # Of these, a sampler reads facts, model, widths and step; a resume reads step and the rest.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
         record = {
             "samples": self.seen,
@@ -741,6 +774,8 @@ class Run:
         If another number of ranks wrote it, it is repartitioned first; __init__ has told DeepSpeed
         to expect that.
         """
+        for file in sorted(path.glob("*.pt"))[self.ranks.rank :: self.ranks.count]:
+            intact(file)
         if record["world_size"] != self.ranks.count:
             to_universal(path, self.ranks)
         load_checkpoint(self.engine, self.adamw, path, record["world_size"] != self.ranks.count)
@@ -748,13 +783,11 @@ class Run:
         self.evals, self.log.rows = record["evals"], record["log"]
 
     def open(self):
-        """Create the run's files, or remove the rows that were written after the checkpoint."""
+        """Bring the run's files to the state of the checkpoint, or of the start: later rows go."""
         settings, out = self.settings, self.settings.out
         if self.ranks.rank == 0:
-            if settings.overwrite:
-                for name in ("checkpoints", "strips"):
-                    shutil.rmtree(out / name, ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
+            if not self.seen:
+                shutil.rmtree(out / "strips", ignore_errors=True)  # of a start without a checkpoint
             if self.seen < settings.samples:
                 for name in ("model.safetensors", "config.json"):  # exported at an earlier stop
                     (out / name).unlink(missing_ok=True)
@@ -830,14 +863,10 @@ def read_record(path: Path) -> dict:
 
     A copy from another machine may be incomplete, although a checkpoint of ours never is.
     """
-    keys = ("world_size", "settings", "rows", "log", "evals", "samples", "step", "facts", "widths")
     try:
-        record = json.loads((path / RUN_FILE).read_text())
-        _ = [record[key] for key in keys]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of this trainer (no readable {RUN_FILE}): move it away"
-        ) from error
+        record = read_json(path / RUN_FILE, Record)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}: move {path} away, and --resume takes the one before") from error
     # One shard for each rank that wrote it, and the weights that rank 0 wrote.
     shards, wanted = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), record["world_size"]
     if shards != wanted or not list(path.glob("mp_rank_*")):
@@ -884,7 +913,12 @@ def to_universal(path: Path, ranks: Ranks):
 def load_checkpoint(engine, adamw, path: Path, universal: bool):
     """Weights, moments, averages and schedule from a checkpoint, or its universal one."""
     where = path.parent / UNIVERSAL if universal else path.parent
-    loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
+    try:
+        loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
+    except Exception as error:  # of torch, for a file that is cut or has changed
+        raise ValueError(
+            f"{path} is damaged ({line_of(error)}): move it away, and --resume takes the one before"
+        ) from error
     # DeepSpeed only warns if it finds nothing. Without "updates" the averages would start again.
     if loaded is None or any("updates" not in group for group in adamw.param_groups):
         raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
@@ -901,6 +935,7 @@ def launch(typed: dict):
     written, and an old run is deleted only when they have passed."""
     # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
+    claim(out, "train_t2i.py")
     present, record = checkpoints(out / "checkpoints"), None
     if present and typed.get("resume"):
         record = read_record(present[-1])
@@ -926,20 +961,28 @@ def launch(typed: dict):
             copier = Copier(rows, settings.stage_limit * 1e9)
         dist.barrier(group=ranks.group)
     # 4. Network, optimizer, DeepSpeed; the checkpoint; the loop.
-    try:
+    with ExitStack() as around:
+        if copier is not None:
+            around.callback(copier.close)
         run = Run(settings, rows, ranks, record)
         run.copier = copier
         if record:
             run.load(present[-1], record)
+        if ranks.rank == 0:
+            if settings.overwrite and present:
+                move_away(out, "train_t2i.py")
+            around.enter_context(owned(out, "train_t2i.py"))
         run.open()
         train(run)
-    finally:
-        if copier is not None:
-            copier.close()
-    # 5. Write the averaged weights as safetensors, for programs that do not use DeepSpeed.
-    if ranks.rank == 0:
+        finish(run)
+
+
+def finish(run: Run):
+    """Write the averaged weights as safetensors, for programs that do not use DeepSpeed."""
+    settings, out = run.settings, run.settings.out
+    if run.ranks.rank == 0:
         model, _ = open_checkpoint(out)
-        facts = run_facts(settings, rows, model.config, run.seen)
+        facts = run_facts(settings, run.rows, model.config, run.seen)
         save_model(out, model, facts=facts)
         state = "stopped" if run.seen < settings.samples else "finished"
         again = "; add --resume to continue" if run.seen < settings.samples else ""

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.start import line_of
 from mmdit import MMDiT, MMDiTConfig
 
 # ------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def load_auraflow(
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{path}: {line_of(error, -1)}") from error
     # a buffer that is not stored, so it is still without memory
     model.time_embed.index = torch.arange(model.time_embed.N_SINUSOIDS // 2, device=device)
     return model.eval()
@@ -228,7 +229,7 @@ def pipeline_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=twice))
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = line_of(error)
         raise ValueError(f"{name} is no folder and could not be downloaded: {reason}") from error
 
 

@@ -1,7 +1,7 @@
 """CPU: what makes the same arithmetic faster on processors; on GPUs no result changes.
 
     keep_memory   what a step frees is kept for the next one, not handed back to the system
-    product       y = x Wᵀ + b twice as fast on AMD CPUs
+    product       y = x Wᵀ + b twice as fast on AMD's Zen 5
 
 A training step allocates and frees the same tensors again and again. glibc gives large ones back to
 the system at once, which then clears each page anew: a fifth of chapter 1's training time, and
@@ -10,8 +10,9 @@ pieces, and the process grows by about a quarter.
 
 PyTorch hands fp32 products to MKL, which gives AMD processors its AVX2 kernels. oneDNN, which
 PyTorch carries too, looks at the instructions that are there: with AVX-512 its product is about
-twice as fast (experiments/throughput.py model measures both). Same formula, same fp32; only the
-order of the sum differs. Elsewhere nothing changes.
+twice as fast on Zen 5. Zen 4 computes AVX-512 in two halves, so there it gains nothing and loses a
+tenth in chapter 1 (experiments/throughput.py model measures both). Same formula, same fp32; only
+the order of the sum differs. Elsewhere nothing changes.
 """
 
 import ctypes
@@ -96,13 +97,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def present() -> bool:
+    """Whether this PyTorch has oneDNN's product."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def available() -> bool:
-    """Whether this is an AMD processor with AVX-512, and PyTorch has the product."""
+    """Whether it is faster: on AMD processors from Zen 5 on."""
     can = torch.cpu.get_capabilities()
     return (
         "AMD" in str(can.get("cpu_name", ""))
         and bool(can.get("avx512_f"))
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(can.get("avx_vnni"))  # Zen 4 has the first, Zen 5 both
+        and present()
     )
 
 

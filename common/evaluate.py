@@ -47,6 +47,8 @@ class Ranks(NamedTuple):
 def validation(model: rf.Model, rows: Rows, settings, device, ranks: Ranks) -> list[float]:
     """The mean loss at each of the eight times; NaN where no held-out row is asked.
 
+    Raises FloatingPointError if a loss is not finite: such weights are never a result.
+
     settings: segments and shift are those of training. Every rank takes its share of the batches;
     sums and counts are added up at the end, so the result does not depend on the number of ranks.
     """
@@ -66,6 +68,11 @@ def validation(model: rf.Model, rows: Rows, settings, device, ranks: Ranks) -> l
         counts += count.cpu()
     parts = ranks.gather(torch.stack([sums, counts]))
     sums, counts = torch.stack(parts).sum(0)
+    if not sums.isfinite().all():
+        raise FloatingPointError(
+            "the validation loss is not finite, the averaged weights have diverged: start again"
+            " with a lower --lr"
+        )
     return (sums / counts).tolist()
 
 

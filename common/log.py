@@ -8,11 +8,15 @@ the bar    loss, gradient norm, images/s, TFLOP/s, MFU, time left
 import csv
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from common.settings import Checked, Natural, rule
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
@@ -28,6 +32,14 @@ PEAK_TFLOPS = {  # a word of the device's name; the first that fits
     "4090": 165,
     "3090": 71,
 }
+
+
+@dataclass(frozen=True)
+class LogRow(Checked):
+    """What a row of log.csv or eval.csv holds in any case; the loss is NaN if nothing was asked."""
+
+    samples: Natural
+    loss: Annotated[float, rule(nan=True)]
 
 
 class Log:

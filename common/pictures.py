@@ -4,10 +4,11 @@
     film, strip                    pixels as they are: an animation, one row
     curves                         the loss and the scores of a run
 
-All pictures are uint8 (B, C, H, W) on the CPU, C = 1 (grey) or 3. Imports nothing of ours.
+All pictures are uint8 (B, C, H, W) on the CPU, C = 1 (grey) or 3.
 """
 
 import textwrap
+from io import BytesIO
 from math import ceil
 from pathlib import Path
 
@@ -15,6 +16,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.start import write_whole
+
+
+def whole(picture, path: Path, **how):
+    """Write an image of PIL, whole or not at all."""
+    content = BytesIO()
+    picture.save(content, **how)
+    write_whole(path, content.getbuffer())
+
+
+def save_figure(figure, path: Path, **how):
+    """Write a figure of matplotlib as a PNG, whole or not at all, and forget it."""
+    import matplotlib.pyplot as plt
+
+    content = BytesIO()
+    figure.savefig(content, format="png", **how)
+    plt.close(figure)
+    write_whole(path, content.getbuffer())
+
+
+def png_path(path: Path, option: str = "--out"):
+    """ValueError unless a PNG can be written there: to be asked before hours of drawing."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"{option} {path} must be the name of a .png file")
 
 
 def grid(pictures: Tensor, columns: int, gap: int = 1) -> np.ndarray:
@@ -55,8 +81,7 @@ def sheet(
         axes.text(x, y, text, ha="center", va="bottom", **words)
     for i, text in enumerate(beside):
         axes.text(0, i * row + head + H / 2, f"{text} ", ha="right", va="center", **words)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=120, bbox_inches="tight")
 
 
 def captioned(pictures: Tensor, captions: list[str], path: Path, columns: int = 6):
@@ -74,7 +99,7 @@ def strip(pictures: Tensor, path: Path):
     from PIL import Image
 
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(grid(pictures, len(pictures), gap=0)).save(path)
+    whole(Image.fromarray(grid(pictures, len(pictures), gap=0)), path, format="PNG")
 
 
 def progress(folder: Path, captions: list[str], path: Path):
@@ -103,7 +128,8 @@ def film(frames: Tensor, columns: int, path: Path):
         for image in images  # noise does not compress: few colours and no more pixels than needed
     ]
     durations = [120] * (len(images) - 1) + [2000]  # milliseconds
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    how = {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
+    whole(images[0], path, format="GIF", **how)
 
 
 def curves(log: list[dict], evals: list[dict], path: Path):
@@ -136,5 +162,4 @@ def curves(log: list[dict], evals: list[dict], path: Path):
         thick = {"color": "black", "linewidth": 2.5} if name == "mean" else {}
         draw(axes[2], evals, name, "o-", markersize=3, label=name, **thick)
         axes[2].set(ylabel="share of pictures that obey", ylim=(0, 1))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)

@@ -9,10 +9,10 @@ from exported weights, or from AuraFlow's release.
 Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees of an image.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import rf
 from common.auraflow import load_auraflow, pipeline_folder
-from common.settings import Options, option, settle
-from common.start import begin, choose_device
+from common.log import LogRow
+from common.settings import Checked, Count, Natural, Options, option, read_json, rule, settle
+from common.start import begin, choose_device, intact
 from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
-from inputs.rows import open_rows
+from inputs.rows import Facts, open_rows
 from mmdit import MMDiT, MMDiTConfig, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
@@ -94,7 +95,9 @@ class Sampling(Options):
     steps: int | None = option(None, "solver steps from noise to image (the run's)", least=1)
     shift: float | None = option(None, "of the sampler's time grid (the run's)", above=0)
     solver: str = option("euler", ", ".join(rf.SOLVERS), choices=rf.SOLVERS)
-    ema: float | None = option(None, "width of the average, say 0.05 (the narrowest)", above=0)
+    ema: float | None = option(
+        None, "width of the average, say 0.05 (the narrowest)", least=0.001, most=0.28
+    )
     seed: int = option(0, "of the noise", least=0)
     batch: int | None = option(None, "images at a time (128, fewer where they are large)", least=1)
     device: str = option("auto", "auto, cpu, mps or cuda")
@@ -138,6 +141,9 @@ class Pipeline:
         tokens, words = facts["text_tokens"], facts["words"]
         text = text_encoder(facts["text_encoder"], tokens, device, words)
         image = image_encoder(facts["vae"], device, facts["channels"])
+        seen = (model.config.text_dim, model.config.in_channels)
+        if seen != (text.dim, image.channels):
+            raise ValueError(f"{path} is damaged: its facts and its network do not fit each other")
         origin += f" after {facts['samples']} samples"
         return cls(model.to(device).eval(), text, image, facts, device, origin)
 
@@ -218,7 +224,7 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     facts = {key: getattr(settings, key) for key in keys}
     facts |= {"steps": settings.sample_steps, "residual": config.residual, "samples": samples}
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
-    facts["text_format"] = rows.text._asdict() if isinstance(rows.text, TextFormat) else None
+    facts["text_format"] = asdict(rows.text) if isinstance(rows.text, TextFormat) else None
     facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}
     return facts | {"source": " ".join(map(str, settings.data))}
 
@@ -233,6 +239,9 @@ def settle_run(
     A run that starts from another takes its network and encoders, and its time shift made fit for
     the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
     """
+    lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
+    if lost:
+        raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
     out, first = typed.get("out", cls.out).resolve(), typed.get("init")
     if first and first.resolve().is_relative_to(out):
         raise ValueError(f"--init {first} lies in --out, which is replaced: choose another --out")
@@ -297,7 +306,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_shard(file: Path) -> dict:
     """One of DeepSpeed's files; tensors stay on disk until they are looked at."""
     with torch.serialization.safe_globals(STANDINS):
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(intact(file), map_location="cpu", mmap=True, weights_only=True)
 
 
 def rank_of(file: Path) -> int:
@@ -329,14 +338,33 @@ def newest(path: Path) -> Path:
     return (checkpoints(path / "checkpoints") or [path])[-1]
 
 
+@dataclass(frozen=True)
+class Exported(Checked):
+    """What we need of config.json or run.json to draw."""
+
+    model: dict
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Record(Exported):
+    """What run.json of a checkpoint of chapter 2 must hold."""
+
+    samples: Natural
+    step: Natural
+    world_size: Count
+    settings: dict
+    rows: str
+    widths: list[Annotated[float, rule(least=0.001, most=0.28)]]
+    log: list[LogRow]
+    evals: list[LogRow]
+
+
 def read_facts(path: str | Path) -> dict:
     """The facts of a run, a checkpoint, or exported weights. FileNotFoundError if it is none."""
     for file in (Path(path) / "config.json", newest(Path(path)) / RUN_FILE):
         if file.is_file():
-            facts = json.loads(file.read_text()).get("facts")
-            if facts is None:
-                raise ValueError(f"{file} holds no facts: no trainer of ours wrote it")
-            return facts
+            return read_json(file, Exported)["facts"]
     raise FileNotFoundError(f"{path} holds no weights: train it first, or give another run")
 
 
@@ -345,7 +373,7 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
     folder = newest(path)
     if not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{path} holds no checkpoint: only its exported weights, no --ema")
-    record = json.loads((folder / RUN_FILE).read_text())
+    record = read_json(folder / RUN_FILE, Record)
     width = min(record["widths"]) if ema is None else ema
     if width in record["widths"]:
         name = rf.average_name(width)
@@ -353,8 +381,11 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
     else:
         kept = checkpoints(folder.parent)
         average = between(kept, record["widths"], record["step"], width)
-    model = MMDiT(MMDiTConfig(**record["model"]))
-    model.load_state_dict(average)
+    try:
+        model = MMDiT(MMDiTConfig(**record["model"]))
+        model.load_state_dict(average)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} is damaged: weights and network do not fit") from error
     return model, f"{folder}, average {width},"
 
 
@@ -364,7 +395,7 @@ def between(kept: list[Path], widths: list[float], step: int, width: float) -> d
     All averages are weighted sums of the same weights over time. So a sum of stored averages whose
     weighting is nearest to the wanted one is nearly the wanted average.
     """
-    records = [json.loads((folder / RUN_FILE).read_text()) for folder in kept]
+    records = [read_json(folder / RUN_FILE, Record) for folder in kept]
     snapshots = [(record["step"], w) for record in records for w in widths]
     shares = iter(rf.posthoc_coefficients(snapshots, step, width))
     total: dict[str, Tensor] = {}

@@ -13,40 +13,158 @@ resumed run must agree. parse() returns only what was typed; settle() fills in t
 
 The first of these that knows a value gives it. A typed value that contradicts a fact or a saved
 value is an error and is never passed over.
+
+The JSON files that our programs write are declared in the same way (Checked, rule) and read in one
+place (read_json). So a wrong value ends in one line wherever it stands, before any work is done.
 """
 
 import argparse
+import functools
+import json
 import math
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import ge, gt, le
 from pathlib import Path
+
+# ------------------------------------------------------------------------------------------------
+# Values: each has a type and a rule
+# ------------------------------------------------------------------------------------------------
+
+
+BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at most")}
+
+
+def rule(
+    *,
+    choices: Collection | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    nan: bool = False,
+) -> dict:
+    """What a value, or each value of a list, may be: for the metadata of a dataclass's field."""
+    return {"choices": choices, "least": least, "above": above, "most": most, "nan": nan}
+
+
+NO_RULE = rule()
+# Types of the fields of Checked:
+Count = typing.Annotated[int, rule(least=1)]
+Natural = typing.Annotated[int, rule(least=0)]
+Positive = typing.Annotated[float, rule(above=0)]
+
+
+def check(name: str, value, kind, allowed: Mapping = NO_RULE):
+    """ValueError in one line, name, value and rule, unless the value is of the kind (a type hint).
+
+    An integer fits 64 bits, a number is finite: nothing that we compute goes on with NaN.
+    """
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in kinds:
+        return
+    kind = kinds[0]
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, allowed = typing.get_args(kind)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        for each in value:
+            check(name, each, typing.get_args(kind)[0], allowed)
+        return
+    if isinstance(kind, type) and issubclass(kind, Checked) and isinstance(value, dict):
+        return fitting(kind, value, f"{name}: ")
+    base = typing.get_origin(kind) or kind
+    takes = {float: (int, float), Path: (str, Path)}.get(base, base)
+    if not isinstance(value, takes) or (type(value) is bool and base is not bool):
+        said = {float: "a number", int: "a whole number", str: "text", list: "a list"}
+        meant = said.get(base, "an object" if issubclass(base, dict | Checked) else base.__name__)
+        raise ValueError(f"{name} {value!r:.80} must be {meant}")
+    if allowed["choices"] and value not in allowed["choices"]:
+        names = ", ".join(map(str, allowed["choices"]))
+        raise ValueError(f"{name} {value!r} must be one of {names}")
+    if type(value) not in (int, float):
+        return
+    if not math.isfinite(value) and not allowed["nan"]:
+        raise ValueError(f"{name} {value} must be finite")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} {value} must be below 2^63")
+    for bound, (holds, words) in BOUNDS.items():
+        if allowed[bound] is not None and not holds(value, allowed[bound]):
+            raise ValueError(f"{name} {value} must be {words} {allowed[bound]}")
+
+
+@functools.cache
+def hints_of(cls: type) -> dict:
+    """Name → type of its fields."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+class Checked:
+    """A dataclass whose values are checked when it is made: a JSON object of one of our files."""
+
+    @staticmethod
+    def called(name: str) -> str:
+        return f'"{name}"'
+
+    def __post_init__(self):
+        hints = hints_of(type(self))
+        for f in fields(self):
+            check(self.called(f.name), getattr(self, f.name), hints[f.name], f.metadata or NO_RULE)
+
+
+def fitting(cls: type[Checked], values, where: str = "") -> dict:
+    """The values, if they are a JSON object with what cls declares. ValueError if they are not."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}{values!r:.80} must be an object")
+    for f in fields(cls):
+        name = where + cls.called(f.name)
+        if f.name not in values:
+            raise ValueError(f"{name} is missing")
+        check(name, values[f.name], hints_of(cls)[f.name], f.metadata or NO_RULE)
+    return values
+
+
+def read_json(path: Path, cls: type[Checked] | None = None) -> dict:
+    """A JSON object that one of our programs wrote. OSError, or ValueError: file, key, rule."""
+    return from_json(path.read_bytes(), path, cls)
+
+
+def from_json(content: bytes, path, cls: type[Checked] | None = None) -> dict:
+    try:
+        values = json.loads(content)
+        if cls is None and not isinstance(values, dict):
+            raise ValueError(f"{values!r:.80} must be an object")
+        return values if cls is None else fitting(cls, values)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------
 
 
 def option(
     default,
     text: str,
     *,
-    choices: Collection[str] | None = None,
-    least: float | None = None,
-    above: float | None = None,
     fixed: bool = False,
     local: bool = False,
     group: str | None = None,
     positional: bool = False,
+    **allowed,
 ):
     """A field of Options. None as the default: derived later, or absent. Where the type does not
     allow None, the option must be given.
 
-    text: its line in --help. choices, least, above: what is allowed. fixed: a resumed run must have
-    the same. local: of this call, not of the run: it is not saved. group: a heading in --help, for
-    this option and those after it. positional: given without its name.
+    text: its line in --help. allowed: see rule. fixed: a resumed run must have the same. local: of
+    this call, not of the run: it is not saved. group: a heading in --help, for this option and
+    those after it. positional: given without its name.
     """
     if not text:
         raise ValueError("an option needs its line of help")
-    about = {"text": text, "choices": choices, "least": least, "above": above, "default": default}
-    about |= {"fixed": fixed, "local": local, "group": group, "positional": positional}
+    about = rule(**allowed) | {"text": text, "default": default, "positional": positional}
+    about |= {"fixed": fixed, "local": local, "group": group}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -57,22 +175,10 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """A program's settings. A bad value raises ValueError: the option, the value, the rule."""
 
-    def __post_init__(self):
-        for f in fields(self):
-            values, rule = getattr(self, f.name), f.metadata
-            for value in values if isinstance(values, list) else [values]:
-                if value is not None and rule["choices"] and value not in rule["choices"]:
-                    names = ", ".join(map(str, rule["choices"]))
-                    raise ValueError(f"{flag(f.name)} {value!r} must be one of {names}")
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise ValueError(f"{flag(f.name)} {value} must be finite")
-                if value is not None and rule["least"] is not None and value < rule["least"]:
-                    raise ValueError(f"{flag(f.name)} {value} must be at least {rule['least']}")
-                if value is not None and rule["above"] is not None and value <= rule["above"]:
-                    raise ValueError(f"{flag(f.name)} {value} must be above {rule['above']}")
+    called = staticmethod(flag)
 
     def saved(self) -> dict:
         """What a run keeps of them: JSON values."""
@@ -83,13 +189,17 @@ class Options:
 def parse(
     cls: type[Options], argv: Sequence[str] | None, about: str, recipes: Mapping[str, dict] = {}
 ) -> dict:
-    """The command line → name → value, only of what was typed. recipes: preset → its defaults."""
+    """The command line → name → value, only of what was typed. recipes: preset → its defaults.
+
+    ValueError in one line if it cannot be read, or a value is not allowed.
+    """
     parser = argparse.ArgumentParser(
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    group, hints = parser, typing.get_type_hints(cls)
+    parser.error = _refuse
+    group, hints = parser, hints_of(cls)
     for f in fields(cls):
         rule, kind = f.metadata, hints[f.name]
         group = parser.add_argument_group(rule["group"]) if rule["group"] else group
@@ -120,7 +230,15 @@ def parse(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher's
     typed = vars(parser.parse_intermixed_args(argv))
     typed.pop("local_rank", None)
-    return {name: value for name, value in typed.items() if value != "auto"}
+    typed = {name: value for name, value in typed.items() if value != "auto"}
+    for f in fields(cls):
+        if f.name in typed:
+            check(cls.called(f.name), typed[f.name], hints[f.name], f.metadata)
+    return typed
+
+
+def _refuse(message: str):
+    raise ValueError(f"{message}; see --help")
 
 
 def settle(

@@ -2,20 +2,30 @@
 
 device     where to compute, and how products are made there
 files      appear whole or not at all
+folders    belong to the program that made them, one process at a time
 signals    Ctrl-C, SIGTERM and SIGUSR1 ask a training loop to save or to stop
 errors     what went wrong ends in one line
 """
 
 import functools
 import os
+import shutil
 import signal
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common import cpu
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two processes from one folder
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------
 # Device
@@ -62,6 +72,102 @@ def write_whole(path: Path, content: bytes | memoryview):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def intact(file: Path) -> Path:
+    """One of torch's files, if it is whole. OSError if it is not.
+
+    It is a zip of tensors, each with its CRC-32, but torch.load does not look at them.
+    """
+    try:
+        bad = zipfile.ZipFile(file).testzip()
+    except Exception as error:  # half a dozen kinds
+        bad = line_of(error)
+    if bad:
+        raise OSError(f"{file} is damaged ({bad})")
+    return file
+
+
+def line_of(error: Exception, which: int = 0) -> str:
+    """Its first line (-1: the last); libraries often say more than one, or nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[which].strip()
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not empty. FileNotFoundError or ValueError if none is."""
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {path} is not there: give a text file, one on each line")
+    # utf-8-sig: some editors begin a file with a mark that is no part of its text. And only "\n"
+    # ends a line: splitlines() would also cut a text at rare signs inside it.
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    if not any(lines):
+        raise ValueError(f"{what} {path} is empty: write one on each line")
+    return [line for line in lines if line]
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+# ------------------------------------------------------------------------------------------------
+
+MARK = "made_by.txt"  # in every folder that a program of ours fills: the program's name
+
+
+def claim(folder: Path, program: str, what: str = "--out"):
+    """ValueError unless the folder is new, empty, or one that this program made.
+
+    Programs write files of fixed names, so in another's folder they would overwrite what it holds.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{what} {folder} is a file, must be a folder: choose another")
+    path = folder / MARK
+    owner = path.read_text(errors="replace").strip() if path.is_file() else ""
+    held = folder.is_dir() and any(file.name[0] != "." for file in folder.iterdir())
+    if held and owner != program:
+        whose = f"is of {owner}" if owner else "holds other files"
+        raise ValueError(f"{what} {folder} {whose}: {program} needs a new or an empty folder")
+
+
+def mark(folder: Path, program: str) -> Path:
+    """Create the folder, and write down whose it is. → the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MARK
+    if not path.exists():
+        write_whole(path, f"{program}\n".encode())
+    return path
+
+
+@contextmanager
+def owned(folder: Path, program: str, what: str = "--out"):
+    """Inside, the folder is there, says whose it is, and no other process may own it.
+
+    The lock ends with the process, however it ends. ValueError as claim, or if it is taken.
+    """
+    claim(folder, program, what)
+    with open(mark(folder, program), "r+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{what} {folder} is in use by another process: wait for it, or choose another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        for file_of_a_kill in folder.glob(".*.[0-9]*"):  # of write_whole
+            file_of_a_kill.unlink(missing_ok=True)
+        yield folder
+
+
+def move_away(folder: Path, program: str):
+    """--overwrite: the run that is there becomes FOLDER.old, in place of an older one of that name.
+
+    A rename cannot lose anything, whatever becomes of the new run.
+    """
+    old = folder.with_name(f"{folder.name}.old")
+    claim(old, program)
+    with owned(folder, program):  # or it is in use
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,6 +217,9 @@ class Signals:
 # ------------------------------------------------------------------------------------------------
 
 
+SHORTAGE = ("memory", "alloc", "Storage size")  # in what torch says when there is too little
+
+
 def program(name: str):
     """Decorate main(argv): a known kind of error becomes one line, `name: message`, and status 1.
 
@@ -123,16 +232,22 @@ def program(name: str):
             rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
             try:
                 return main(argv)
-            except (ValueError, OSError, FloatingPointError) as error:
-                if local_rank == "0" or isinstance(error, OSError):
-                    where = f" (rank {rank})" if rank != "0" else ""
-                    # a loader's worker puts its traceback before the message
-                    lines = [line for line in str(error).splitlines() if line.strip()]
-                    print(f"{name}: {''.join(lines[-1:])}{where}", file=sys.stderr)
-                sys.exit(1)
             except KeyboardInterrupt:
-                print(f"{name}: interrupted; every file is whole", file=sys.stderr)
-                sys.exit(1)
+                said = "interrupted; every file is whole"
+            except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+                # a loader's worker puts its traceback before the message
+                said = line_of(error, -1)
+                if isinstance(error, MemoryError | RuntimeError):
+                    if isinstance(error, RuntimeError) and not any(w in said for w in SHORTAGE):
+                        raise  # a mistake of ours
+                    said = f"too little memory: lower the batch, the size or the network ({said})"
+                if local_rank != "0" and not isinstance(error, OSError):
+                    sys.exit(1)
+            for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to it
+                bar.close()
+            where = f" (rank {rank})" if rank != "0" else ""
+            print(f"{name}: {said}{where}", file=sys.stderr)
+            sys.exit(1)
 
         return run
 

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import rf
+from common.pictures import save_figure
 from common.settings import Options, option, parse
 from common.start import program
 from inputs.digits import glyphs
@@ -98,7 +99,7 @@ def plot(sizes: pd.DataFrame, path: Path):
         axis.set_xticks(WIDTHS, WIDTHS)
         axis.minorticks_off()
     axes[0].set_ylabel(f"mean |activation| after {max(STEPS)} steps")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 @dataclass(frozen=True)

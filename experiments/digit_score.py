@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rf
+from common.pictures import save_figure
 from common.pipeline import Sampling
 from common.settings import option, parse
 from common.start import program, write_whole
@@ -146,7 +147,7 @@ def plot(table: pd.DataFrame, path: Path):
         axis.set(xlabel="model evaluations a sample", ylabel=column, xscale="log")
         axis.legend()
     axes[1].set_yscale("log")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def plot(table: pd.DataFrame, path: Path):
         axes.plot(curves.index, line, ":", color="0.6", label=f"order {order}")
     axes.set(xlabel="model evaluations, one way", ylabel="RMSE after there and back")
     axes.legend(fontsize=8)
-    axes.figure.savefig(path, dpi=110, bbox_inches="tight")
+    pictures.save_figure(axes.figure, path, dpi=110, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None):
     if facts["words"]:
         examples = real_digits(facts["source"], args.data_dir)
     elif facts["shapes"]:
-        examples = real_shapes(World(*(facts[key] for key in World._fields)))
+        examples = real_shapes(World.of(facts))
     else:
         raise ValueError(f"{args.run} is of neither digits nor shapes: nothing real to edit")
     real, words, edited = map(list, zip(*islice(examples, args.number), strict=True))

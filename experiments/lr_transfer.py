@@ -27,6 +27,7 @@ from tqdm import tqdm
 import rf
 import train_mnist
 from common.log import append_row
+from common.pictures import save_figure
 from common.settings import Options, option, parse
 from common.start import choose_device, program
 from inputs.encoders import Pixels
@@ -149,12 +150,14 @@ def plot(means: pd.DataFrame, path: Path):
         curves.plot(ax=axis, logx=True, style="o-", colormap="cool", title=name, xlabel=label)
         axis.scatter(curves.idxmin(), curves.min(), 200, "black", marker="*", zorder=3)
     axes[0].set(ylabel="validation loss", ylim=(0.95 * lowest, 2.2 * lowest))
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 @dataclass(frozen=True)
 class Settings(Grid):
-    widths: list[int] = option([], "multiples of 32; rates are those of the first (32 to 256)")
+    widths: list[int] = option(
+        [], "multiples of 32; rates are those of the first (32 to 256)", least=32
+    )
     rates: list[float] = option([], "(0.001 to 0.064, by 2)", above=0)
     steps: int = option(400, "steps of each run, batch 64", least=1)
     out: Path = option(Path("runs/lr_transfer"), "folder for CSV and PNG")

@@ -9,6 +9,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from common.pictures import save_figure
+from common.start import write_whole
+
 
 def interleaved(steps: dict[str, Callable], repeats: int, inner: int = 1) -> pd.DataFrame:
     """name → milliseconds of a call, see `summary`.
@@ -60,7 +63,7 @@ def report(table: pd.DataFrame, path: Path, bar: str = "ms"):
     """
     print(table.to_string(index=False, float_format=short), machine(), sep="\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{table.to_csv(index=False)}# {machine()}\n")
+    write_whole(path, f"{table.to_csv(index=False)}# {machine()}\n".encode())
     table = table.dropna(subset=bar)[::-1]
     names = table.select_dtypes(exclude="float").astype(str).agg(", ".join, axis=1)
     size = (8, 0.32 * len(table) + 0.8)
@@ -68,7 +71,7 @@ def report(table: pd.DataFrame, path: Path, bar: str = "ms"):
     axes.bar_label(axes.containers[0], fmt=short, padding=3)
     axes.margins(x=0.12)  # room for the labels
     axes.set(xlabel=f"{bar}   ({machine()})", ylabel="")
-    axes.figure.savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight")
+    save_figure(axes.figure, path.with_suffix(".png"), dpi=110, bbox_inches="tight")
     print(f"wrote {path} and its chart")
 
 

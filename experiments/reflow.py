@@ -161,8 +161,7 @@ def plot(table: pd.DataFrame, path: Path):
     axes[1].set(ylabel="Fréchet distance", xscale="log", yscale="log", xlabel="network passes")
     axes[2].set(title="straightness (0: straight)")
     axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pictures.save_figure(figure, path, dpi=110)
 
 
 def plot_strip(pipelines: dict[str, Pipeline], judge: Judge, path: Path):
@@ -215,7 +214,7 @@ class Settings(Options):
     time: str = option("u_shaped", "where", choices=rf.TIME_DISTRIBUTIONS)
     loss: str = option("pseudo_huber", "mse or pseudo_huber", choices=rf.LOSSES)
     student: str | None = option(None, "also a smaller flow, say digits-narrow", choices=PRESETS)
-    ablate: list[int] = option([], "compare time and loss instead, at these seeds")
+    ablate: list[int] = option([], "compare time and loss instead, at these seeds", least=0)
     ablate_steps: int = option(1500, "training steps of each", least=1)
     samples: int = option(1000, "that the CNN reads", least=2)
     cache: Path = option(Path("runs/readers"), "where CNNs are kept")

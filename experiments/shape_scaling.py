@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from common.pictures import save_figure
 from common.settings import option, parse
 from common.start import program
 from experiments.lr_transfer import Data, Grid, remembered
@@ -74,7 +75,7 @@ def compare(search: str, data: Data, args):
 
 def save(axes, path: Path):
     axes.set_ylabel("validation loss")
-    axes.figure.savefig(path, dpi=100)
+    save_figure(axes.figure, path, dpi=100)
 
 
 def fit(parameters: pd.Series, losses: pd.Series) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from math import nan
@@ -87,13 +87,14 @@ BASE = "0.2b" if CUDA else "cpu"
 
 
 def built(config: MMDiTConfig, how="", device=DEVICE, dtype=DTYPE) -> MMDiT:
-    """A network with the same weights each time. how: compiled; mkl, PyTorch's own product."""
+    """A network with the same weights each time. how: compiled; mkl or onednn, whose product."""
     torch.manual_seed(0)
     network = MMDiT(config).to(device, dtype)
     if "compiled" in how:
         network.compile_blocks()
-    for module in network.modules() if "mkl" in how else ():
-        module.product = F.linear
+    product = {"mkl": F.linear, "onednn": cpu.linear}.get(how)
+    for module in network.modules() if product else ():
+        module.product = product
     return network
 
 
@@ -161,7 +162,9 @@ def variant(name: str, size: Size) -> tuple[Callable, float]:
 def model_rows(size: Size, repeats: int) -> pd.DataFrame:
     """A row a variant, and one for a plain matrix product: the ceiling."""
     names = ["ours", "ours compiled"]
-    names += ["ours compiled graph"] * CUDA + ["ours mkl"] * (not CUDA and cpu.available())
+    names += ["ours compiled graph"] * CUDA + ["ours mkl", "ours onednn"] * (
+        not CUDA and cpu.present()
+    )
     names += ["diffusers", "diffusers compiled"] * (size.config.residual == "auraflow")
     steps, gib = {}, {}
     for name in names:
@@ -416,7 +419,7 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
         "noise_seed": 0,
         "text_encoder": "hash",
         "text_tokens": form.tokens,
-        "text_format": form._asdict(),
+        "text_format": asdict(form),
         "null_text": "",
         "vae": "pixels",
         "image": {"kind": "moments", "channels": 4, "factor": 8},

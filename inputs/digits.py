@@ -3,7 +3,7 @@
     mnist, cifar10   torchvision, downloaded once
     glyphs           digits drawn from matplotlib's own fonts: no download, seeded
 
-Any other images come through a prepared folder (tools/prepare.py). Imports nothing of ours.
+Any other images come through a prepared folder (tools/prepare.py).
 """
 
 import socket
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.start import line_of
 
 SOURCES = ("auto", "mnist", "glyphs", "cifar10")
 
@@ -60,7 +62,8 @@ def fingerprint(dataset: ImageSet) -> str:
 def load_torchvision(source: str, data_dir: str | Path) -> tuple[ImageSet, ImageSet]:
     """The training and the test set of "mnist" or "cifar10".
 
-    Raises ValueError in one line with the ways out where data_dir lacks it and no mirror answers.
+    Raises ValueError in one line with the ways out where data_dir lacks it and no mirror answers,
+    and where its files are damaged.
     """
     from torchvision import datasets
 
@@ -69,11 +72,13 @@ def load_torchvision(source: str, data_dir: str | Path) -> tuple[ImageSet, Image
     socket.setdefaulttimeout(10)  # seconds without an answer before a mirror is given up
     try:
         parts = [data_class(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # the deepest one
+    except Exception as error:  # of a network, or of a file that is not what its name says
+        reason = line_of(error, -1)  # the deepest one
+        absent = isinstance(error, OSError) or "download" in str(error)
+        what = "is not there and could not be downloaded" if absent else "is damaged: delete it"
         raise ValueError(
-            f"{source} is not in {data_dir} and could not be downloaded ({reason}); give its folder"
-            " with --data-dir, or train without a download with --data glyphs"
+            f"{source} in {data_dir} {what} ({reason}); give its folder with --data-dir, or train"
+            " without a download with --data glyphs"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -82,7 +87,13 @@ def load_torchvision(source: str, data_dir: str | Path) -> tuple[ImageSet, Image
         pixels = torch.as_tensor(part.data)  # MNIST (N, H, W), CIFAR (N, H, W, C)
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         classes = [c.split(" - ")[0] for c in part.classes]  # "7 - seven"
-        return ImageSet(images, torch.as_tensor(part.targets), classes, source)
+        labels = torch.as_tensor(part.targets)
+        if len(labels) != len(images) or labels.unique().tolist()[-1:] >= [len(classes)]:
+            raise ValueError(
+                f"{source} in {data_dir} is damaged: delete it. It has {len(images)} images,"
+                f" {len(labels)} labels, the highest {max(labels.tolist(), default=None)}"
+            )
+        return ImageSet(images, labels, classes, source)
 
     return image_set(parts[0]), image_set(parts[1])
 

@@ -18,12 +18,16 @@ Shapes: B batch, T text tokens, E features, (3, H, W) an image, (C, h, w) what t
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from common.settings import Checked, Count, Positive, rule
+from common.start import line_of
 
 # ------------------------------------------------------------------------------------------------
 # Pixels ↔ numbers
@@ -53,15 +57,16 @@ class Ragged(NamedTuple):
     captions: int  # B
 
 
-class TextFormat(NamedTuple):
+@dataclass(frozen=True)
+class TextFormat(Checked):
     """How text features (length, E) are stored. bits: 16 (fp16), or 8 as LavenderFlow keeps them:
     byte = round((x / 2r + ½) · 255), values beyond ±r (reach) clipped.
     """
 
-    tokens: int
-    dim: int
-    bits: int = 16
-    reach: float = 0.25
+    tokens: Count
+    dim: Count
+    bits: Annotated[int, rule(choices=(8, 16))] = 16
+    reach: Positive = 0.25
 
     def pack(self, features: Tensor) -> bytes:
         """(T, E) fp32, zero rows at the end → bytes without them."""
@@ -209,7 +214,7 @@ class HuggingFaceText:
             model = classes[kind].from_pretrained(name, **encoder, dtype=dtype)
             self.model = model.to(device).eval()
         except OSError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = line_of(error)
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
         self.name, self.tokens, self.device = name, tokens, device
         self.dim = self.model.config.d_model
@@ -282,7 +287,7 @@ class VAE:
             model = AutoencoderKL.from_pretrained(name, **inside(name, "vae"))
             self.model = model.to(device).eval()
         except OSError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = line_of(error)
             raise ValueError(f"--vae {name} could not be loaded: {reason}") from error
         config = self.model.config
         self.name, self.channels, self.device = name, config.latent_channels, device
@@ -328,6 +333,6 @@ def pretrained(model: str, device, option: str, kind: str, processor: str = "Aut
         loaded = getattr(transformers, kind).from_pretrained(model)
         prepares = getattr(transformers, processor).from_pretrained(model)
     except (OSError, ValueError) as error:  # ValueError: a model of another kind
-        reason = str(error).strip().splitlines()[0]
+        reason = line_of(error)
         raise ValueError(f"{option} {model} could not be loaded: {reason}") from error
     return loaded.to(device).eval(), prepares

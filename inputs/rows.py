@@ -28,6 +28,7 @@ sees of an image.
 import base64
 import json
 import os
+import re
 import threading
 import time
 import zlib
@@ -40,7 +41,7 @@ from heapq import merge
 from itertools import accumulate, islice, takewhile
 from math import ceil
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,13 +49,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import rf
-from common.settings import Options, option
+from common.settings import Checked, Count, Natural, Options, Positive, from_json, option, rule
 from common.start import write_whole
 from inputs import digits
 from inputs.encoders import Ragged, TextFormat, image_encoder, text_encoder
 from inputs.shapes import MAX_WORDS, Shapes, World
 
-SCHEMA = 2  # of prepared folders and pairs: a run refuses another one
+SCHEMA = 3  # of prepared folders and pairs: a run refuses another one
 SHAPES_HELD, DIGITS_HELD, PAIRS_HELD = 512, 1000, 512  # rows for the validation loss, at most
 TIMES = 8  # the validation loss is asked at t = 0, 1/8, …, 7/8
 
@@ -129,15 +130,16 @@ class Order:
         return rows
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range(Checked):
     """Rows of one split and one size that lie one after another in a chunk."""
 
-    chunk: int
-    split: str  # "train" or "validation"
-    height: int  # of the picture, in pixels
-    width: int
-    first: int
-    rows: int
+    chunk: Natural
+    split: Annotated[str, rule(choices=("train", "validation"))]
+    height: Count  # of the picture, in pixels
+    width: Count
+    first: Natural
+    rows: Count
 
 
 class WindowOrder:
@@ -372,7 +374,72 @@ class DrawnShapes(Source):
 # ------------------------------------------------------------------------------------------------
 
 
-def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
+def checksum(*parts) -> int:
+    """The sum of the bytes of the parts, taken as 64-bit words, modulo 2⁶³: as fast as memory.
+
+    A changed word changes the sum. It cannot see that two words have changed places, but disks and
+    networks do not do that. A CRC-32 sees it, at a tenth of the speed.
+    """
+    total = 0
+    for part in parts:
+        values = np.frombuffer(part, np.uint8)
+        whole = len(values) // 8 * 8
+        total += int(values[:whole].view(np.uint64).sum(dtype=np.uint64))
+        total += int.from_bytes(values[whole:].tobytes())
+    return total % 2**63
+
+
+WORDS = ("captions", "t_index")  # columns whose checksum is that of the image
+
+
+def words_of(captions: list, t_index: int) -> bytes:
+    return repr((captions, t_index)).encode()
+
+
+def row_checks(image: bytes, captions: list, text: list, t_index: int) -> list[int]:
+    """The column "checks": of the image and the words, then of each caption's features."""
+    return [checksum(image, words_of(captions, t_index)), *(checksum(x or b"") for x in text)]
+
+
+@dataclass(frozen=True)
+class StoredImage(Checked):
+    kind: Annotated[str, rule(choices=("pixels", "moments", "latents"))]
+    channels: Count
+    factor: Count  # picture's side over that of what is stored
+
+
+@dataclass(frozen=True)
+class CaptionColumn(Checked):
+    column: str
+    weight: Positive
+
+
+@dataclass(frozen=True)
+class Chunk(Checked):
+    file: str
+    bytes: Count
+    crc32: Natural
+
+
+@dataclass(frozen=True)
+class Manifest(Checked):
+    """What manifest.json of a prepared folder must hold."""
+
+    schema: Annotated[int, rule(choices=(SCHEMA,))]
+    size: Count
+    text_encoder: str
+    text_tokens: Count
+    vae: str
+    text_format: TextFormat
+    null_text: str  # the packed features of the empty caption, base64
+    image: StoredImage
+    captions: list[CaptionColumn]
+    ranges: list[Range]
+    chunks: list[Chunk]
+    noise_seed: Natural
+
+
+def read_header(path: str, cls: type[Checked]) -> tuple[dict, str]:
     """A folder's manifest.json or pairs.json, checked, and its checksum: the id of these rows."""
     import fsspec
 
@@ -382,16 +449,9 @@ def read_header(path: str, keys: Sequence[str]) -> tuple[dict, str]:
     except Exception as error:  # of a dozen file systems; an unknown protocol; no package for it
         raise OSError(f"{path} cannot be read: {error}") from error
     try:
-        header = json.loads(content)
-        if header.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{path} has schema {header.get('schema')}, this program reads {SCHEMA}: make it"
-                " again"
-            )
-        _ = [header[key] for key in keys]
-        return header, f"{zlib.crc32(content):08x}"
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not what our tools write ({error}): make it again") from error
+        return from_json(content, path, cls), f"{zlib.crc32(content):08x}"
+    except ValueError as error:
+        raise ValueError(f"{error}: make it again") from error
 
 
 class PreparedFolder(Source):
@@ -403,18 +463,28 @@ class PreparedFolder(Source):
     the manifest lists them. Pictures of one shape form a bucket; each bucket is a stream.
     """
 
-    KEYS = ("text_format", "null_text", "image", "captions", "ranges", "chunks", "noise_seed")
-
     def __init__(self, location: str, stage: Path | None):
         self.name, self.location, self.stage = location, location.rstrip("/"), stage
         if "://" in self.location and stage is None:
             raise ValueError(f"--data {location} is far away: give --stage, a folder on this disk")
-        self.manifest, self.id = read_header(f"{self.location}/manifest.json", self.KEYS)
+        self.manifest, self.id = read_header(f"{self.location}/manifest.json", Manifest)
         self.format = TextFormat(**self.manifest["text_format"])
-        self.null_blob = base64.b64decode(self.manifest["null_text"])
-        self.null = self.format.join([self.null_blob])
         self.stored, self.tables = self.manifest["image"], {}
         self.ranges = tuple(Range(**r) for r in self.manifest["ranges"])
+        chunks, self.counts = self.manifest["chunks"], Counter()
+        for r in self.ranges:
+            self.counts[r.chunk] += r.rows
+        try:
+            self.null_blob = base64.b64decode(self.manifest["null_text"], validate=True)
+            self.null = self.format.join([self.null_blob])
+            if not all(re.fullmatch(r"chunks/\d+\.arrow", c["file"]) for c in chunks):
+                raise ValueError("a file outside chunks/")
+            if max(self.counts, default=0) >= len(chunks):
+                raise ValueError("rows of a chunk that is not listed")
+            if not {"train"} <= {r.split for r in self.ranges} or not self.manifest["captions"]:
+                raise ValueError("no rows to train on, or no captions")
+        except ValueError as error:
+            raise ValueError(f"{self.location}/manifest.json is damaged: {error}") from error
         self.firsts = np.array([0, *accumulate(r.rows for r in self.ranges)])
         self.weights = np.array([c["weight"] for c in self.manifest["captions"]], float)
         self.facts = {k: self.manifest[k] for k in ("size", "text_encoder", "text_tokens", "vae")}
@@ -480,16 +550,29 @@ class PreparedFolder(Source):
                 self.tables = {c: t for c, t in self.tables.items() if self.path(c).exists()}
             try:
                 table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
-            except pa.ArrowInvalid as error:
-                raise ValueError(
-                    f"{path} is broken: delete it and its .json, and prepare again"
-                ) from error
-            self.tables[chunk] = {name: table.column(name).chunk(0) for name in table.column_names}
+                table.validate(full=True)  # no cell lies outside the file
+                if table.num_rows != self.counts[chunk]:
+                    listed = self.counts[chunk]
+                    raise ValueError(f"{table.num_rows} rows, the manifest has {listed}")
+                columns = {n: table.column(n).chunk(0) for n in table.column_names}
+            except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors, too
+                raise self.broken(path, error) from error
+            self.tables[chunk] = columns
         return self.tables[chunk]
+
+    def broken(self, path: Path, error) -> ValueError:
+        return ValueError(f"{path} is broken ({error}): delete it and its .json, prepare again")
 
     def cell(self, row: int, column: str):
         k = int(np.searchsorted(self.firsts, row, side="right")) - 1
         return self.table(self.ranges[k].chunk)[column][self.ranges[k].first + row - self.firsts[k]]
+
+    def whole(self, row: int, place: int, *parts):
+        """ValueError unless the parts of a row are as they were written: damage must not train."""
+        if checksum(*parts) != self.cell(row, "checks")[place].as_py():
+            k = int(np.searchsorted(self.firsts, row, side="right")) - 1
+            path = self.path(self.ranges[k].chunk)
+            raise self.broken(path, f"row {self.cell(row, 'row')} has changed")
 
     def picture(self, row: int) -> Tensor:
         """What is stored of an image: uint8 (3, H, W), or fp16 (2, C, h, w), the mean and the
@@ -499,7 +582,9 @@ class PreparedFolder(Source):
         stored, dtype = (-1, self.stored["channels"], *latent), np.float16
         if self.stored["kind"] == "pixels":
             stored, dtype = pixels, np.uint8
-        values = np.frombuffer(self.cell(row, "image").as_buffer(), dtype)
+        buffer = self.cell(row, "image").as_buffer()
+        self.whole(row, 0, buffer, words_of(*(self.cell(row, c).as_py() for c in WORDS)))
+        values = np.frombuffer(buffer, dtype)
         return torch.from_numpy(values.reshape(stored).copy())
 
     def features(self, row: int, u: float):
@@ -511,7 +596,9 @@ class PreparedFolder(Source):
             return self.null_blob
         steps = np.cumsum(self.weights[present])
         i = present[int(np.searchsorted(steps, u * steps[-1], side="right"))]
-        return blobs[i].as_buffer()
+        buffer = blobs[i].as_buffer()
+        self.whole(row, 1 + i, buffer)
+        return buffer
 
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Ragged]:
         us = [0.0] * len(rows)
@@ -533,6 +620,61 @@ class PreparedFolder(Source):
 # ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Facts(Checked):
+    """What a run's weights need to be used; config.json and run.json hold it."""
+
+    size: Count  # pixels a side
+    text_encoder: str
+    text_tokens: Count
+    text_format: TextFormat | None  # how the features of its captions were rounded
+    vae: str
+    channels: Count  # of the image
+    words: list[str]  # the classes, if captions are words
+    shapes: Natural  # the world of shapes, if there is one, with the next two
+    colors: Natural
+    places: Natural
+    cfg: float
+    steps: Count
+    shift: Positive
+    preset: str
+    patch_size: Count
+    residual: str
+    samples: Natural  # seen in training
+    source: str  # --data
+
+
+@dataclass(frozen=True)
+class PairsMade(Checked):
+    """How a path was followed, and from which captions (a checksum)."""
+
+    cfg: float
+    steps: Count
+    shift: Positive
+    solver: Annotated[str, rule(choices=rf.SOLVERS)]
+    seed: Natural
+    origin: str
+    prompts: int
+
+
+@dataclass(frozen=True)
+class PairsHeader(Checked):
+    """What pairs.json must hold."""
+
+    schema: Annotated[int, rule(choices=(SCHEMA,))]
+    facts: Facts  # of the run that made them
+    settings: PairsMade
+    number: Count
+    chunk: Count
+    segments: Count
+    shape: list[Count]  # (C, h, w)
+
+
+def pairs_check(states: Tensor, captions: list[str]) -> int:
+    """The checksum of a chunk of pairs, which stands in its own header."""
+    return checksum(states.numpy().reshape(-1).view(np.uint8), json.dumps(captions).encode())
+
+
 class PairsFolder(Source):
     """A folder of tools.pairs: states of paths from noise to data, made by a model, for reflow.
 
@@ -540,12 +682,11 @@ class PairsFolder(Source):
     and cfg is 1. The last rows are held out.
     """
 
-    KEYS = ("facts", "settings", "number", "chunk", "segments", "shape")
     dropout = 0.0
 
     def __init__(self, folder: str):
         self.name, self.folder = folder, Path(folder)
-        self.about, self.id = read_header(str(self.folder / "pairs.json"), self.KEYS)
+        self.about, self.id = read_header(str(self.folder / "pairs.json"), PairsHeader)
         number, chunk = self.about["number"], self.about["chunk"]
         self.files = [self.folder / f"{i:05d}.safetensors" for i in range(-(-number // chunk))]
         missing = sum(not file.exists() for file in self.files)
@@ -563,7 +704,7 @@ class PairsFolder(Source):
         self.defaults = {k: run[k] for k in ("preset", "residual", "patch_size")}
         self.defaults |= {"time": "u_shaped", "cfg": 1.0}
         if run["shapes"]:
-            self.world = World(*(run[key] for key in World._fields))
+            self.world = World.of(run)
 
     def begin(self, settings: "DataOptions", device):
         number = self.about["number"]
@@ -576,11 +717,13 @@ class PairsFolder(Source):
         if i not in self.tables:
             try:
                 file = safe_open(self.files[i], "pt")
-                captions = json.loads(file.metadata()["captions"])
-                self.tables[i] = file.get_tensor("states"), captions
+                about, states = json.loads(file.metadata()["about"]), file.get_tensor("states")
+                if about["check"] != pairs_check(states, about["captions"]):
+                    raise ValueError("it has changed")
+                self.tables[i] = states, about["captions"]
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.files[i]} is broken: delete it, and run tools.pairs again"
+                    f"{self.files[i]} is broken ({error}): delete it, and run tools.pairs again"
                 ) from error
         return self.tables[i]
 

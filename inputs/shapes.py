@@ -55,6 +55,11 @@ class World(NamedTuple):
     colors: int = len(COLORS)
     places: int = 32
 
+    @classmethod
+    def of(cls, facts: dict) -> "World":
+        """That of a run, by its facts. ValueError if there is none."""
+        return cls(*(facts[name] for name in cls._fields)).checked()
+
     def checked(self) -> "World":
         if self.size < 20:
             raise ValueError(f"shapes on {self.size} pixels cannot be told apart, use at least 20")

@@ -138,6 +138,9 @@ def test_so_many_minutes_ask_to_save_once(monkeypatch):
     assert asked == [NOTHING, SAVE, NOTHING, NOTHING, SAVE]
 
 
+LITTLE = "too little memory: lower the batch, the size or the network"
+
+
 @pytest.mark.parametrize(
     "error, rank, local_rank, said",
     [
@@ -146,6 +149,9 @@ def test_so_many_minutes_ask_to_save_once(monkeypatch):
         (ValueError("every rank knows"), "1", "1", ""),
         (OSError("this disk alone"), "5", "1", "it: this disk alone (rank 5)\n"),
         (KeyboardInterrupt(), "0", "0", "it: interrupted; every file is whole\n"),
+        (MemoryError("no"), "0", "0", f"it: {LITTLE} (no)\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "0", "0", f"it: {LITTLE} (CUDA out of me"),
+        (RuntimeError("can't allocate memory: 9 bytes"), "0", "0", f"it: {LITTLE} (can't alloc"),
     ],
 )
 def test_errors_end_in_one_line(monkeypatch, capsys, error, rank, local_rank, said):
@@ -158,7 +164,17 @@ def test_errors_end_in_one_line(monkeypatch, capsys, error, rank, local_rank, sa
 
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1 and capsys.readouterr().err == said
+    found = capsys.readouterr().err
+    assert ended.value.code == 1 and found.startswith(said) and found.count("\n") == bool(said)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    @start.program("it")
+    def main(argv=None):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError):
+        main()
 
 
 # --- log -----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_auto_says_in_one_line_that_it_trains_on_glyphs(tmp_path, offline, capsy
     [
         ("mnits", "'mnits': must be one of auto, mnist, glyphs, cifar10"),
         ("mnist", "no network here.*--data-dir.*--data glyphs"),
-        ("cifar10", "cifar10 is not in"),
+        ("cifar10", "cifar10 in .* is not there and could not be downloaded"),
     ],
 )
 def test_bad_sources_say_the_way_out(tmp_path, offline, source, message):

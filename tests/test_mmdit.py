@@ -235,7 +235,7 @@ def test_nothing_is_compiled_again_after_every_bucket_was_seen():
     "changes, message",
     [
         ({"head_dim": 13}, "head_dim = 13 must divide dim=48"),
-        ({"dim": 0}, "dim = 0 must be at least 1"),
+        ({"dim": 0}, "dim = 0 must be a whole number, at least 1"),
         ({"n_double_layers": 4}, r"n_double_layers = 4 must lie in 0\.\.n_layers=2"),
         ({"residual": "post"}, "residual = 'post' must be one of"),
         ({"base_dim": 30}, "base_dim = 30 must be a multiple of head_dim=12"),

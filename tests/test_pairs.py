@@ -39,7 +39,7 @@ def read(out):
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             states.append(file.get_tensor("states"))
-            captions += json.loads(file.metadata()["captions"])
+            captions += json.loads(file.metadata()["about"])["captions"]
     return torch.cat(states), captions
 
 
@@ -72,7 +72,7 @@ def test_a_command_goes_on_and_a_greater_number_adds_chunks(home, tmp_path, caps
     make(home / "digits", out, "--number", 35)
     assert first.stat().st_mtime_ns == before
     wanted, found = ({f.name: f.read_bytes() for f in x.iterdir()} for x in (whole, out))
-    assert found == wanted and len(found) == 5
+    assert found == wanted and len(found) == 6
     for options, other in (
         (["--number", 30], "number 35 there, 30 here"),
         (["--number", 40], "number 35 there, 40 here"),  # the last chunk is not full
@@ -88,7 +88,7 @@ def test_a_command_goes_on_and_a_greater_number_adds_chunks(home, tmp_path, caps
         ("digits", "--segments 2 --steps 5", "--steps 5 must be a multiple of --segments 2"),
         ("digits", "--solver magic", "--solver 'magic' must be one of euler, heun, rf_solver"),
         ("digits", "--prompts nowhere.txt", "nowhere.txt"),
-        ("digits", "--prompts /dev/null", "--prompts /dev/null holds no captions: one on each"),
+        ("digits", "--prompts /dev/null", "--prompts /dev/null is empty: write one on each"),
         ("mute", "", "needs captions: give a file with --prompts"),
     ],
 )
@@ -126,5 +126,5 @@ def test_broken_pairs_say_what_to_do(home, tmp_path):
     (out / "00000.safetensors").write_bytes(b"no safetensors")
     save_file({"states": torch.zeros(10)}, out / "00001.safetensors")  # without captions
     for chunk in (0, 1):
-        with pytest.raises(ValueError, match=r"is broken: delete it, and run tools.pairs again"):
+        with pytest.raises(ValueError, match=r"is broken .*: delete it, and run tools.pairs again"):
             PairsFolder(str(out)).chunk(chunk)

@@ -176,9 +176,10 @@ def test_every_layout_gives_the_same_pictures(tmp_path, monkeypatch):
     for make in (folder, pictures, csv_file, parquet, webdataset):
         source = make(tmp_path / make.__name__, 11)
         for extra in ([], ["--streaming"]):
-            out = tmp_path / (make.__name__ + "".join(extra))
+            name = make.__name__ + "".join(extra)
+            out = tmp_path / f"{name} out"
             run(source, out, "--chunk-rows", 4, *extra)
-            found = orders[out.name] = prepared(out)
+            found = orders[name] = prepared(out)
             assert sorted(found) == list(range(11))
             for row, cells in found.items():
                 number = int(cells["captions"][0].removeprefix("number "))
@@ -287,7 +288,7 @@ def test_kills_and_parts_change_no_byte(tmp_path):
     for i in range(7):
         for name in ("manifest.json", f"chunks/{i:05d}.arrow", f"chunks/{i:05d}.json"):
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert (out / "chunks" / ".00002.json").read_bytes() == b"half"  # nobody's
+    assert not list(out.glob("chunks/.*"))  # half files of those that were killed
 
 
 def test_bad_rows_are_tried_again_until_all_is_done(tmp_path, capsys):
@@ -398,9 +399,9 @@ def test_wrong_options_say_so(tmp_path, monkeypatch, capsys, extra, reason):
 def test_other_options_and_a_source_that_grew_are_noticed(tmp_path, capsys):
     source, out = pictures(tmp_path / "source", 6), tmp_path / "data"
     run(source, out)
-    refused(capsys, "was begun with size 16, now it is 20", source, out, "--size", 20)
+    refused(capsys, "was begun with --size 16, now it is 20", source, out, "--size", 20)
     pictures(source, 7)
-    refused(capsys, "was begun with source_rows 6, now it is 7", source, out)
+    refused(capsys, "was begun with --source-rows 6, now it is 7", source, out)
 
 
 def test_a_folder_of_images_of_any_format(tmp_path):

@@ -17,6 +17,7 @@ from test_pairs import make
 
 from common.evaluate import Ranks, validation
 from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
+from inputs.rows import pairs_check
 from inputs.shapes import TAGS
 from mmdit import MMDiT, fitted
 from train_t2i import RECIPES, Settings, learning_rate, read_ds_config
@@ -66,7 +67,7 @@ def same(a, b):
 def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
     assert {path.name for path in done.iterdir()} == {
         *("checkpoints", "strips", "samples.png", "progress.png", "curves.png"),
-        *("log.csv", "eval.csv", "model.safetensors", "config.json"),
+        *("log.csv", "eval.csv", "model.safetensors", "config.json", "made_by.txt"),
     }
     columns = [(row["step"], row["samples"], row["skipped"]) for row in records(done / "log.csv")]
     assert columns == [("10", "40", "0"), ("20", "80", "0")]
@@ -158,7 +159,9 @@ def pairs_with_a_nan(folder, batch):
     (file,) = made.glob("*.safetensors")
     states = load_file(file)["states"]
     states[3] = torch.nan
-    save_file({"states": states}, file, {"captions": json.dumps(["a red ring"] * 20)})
+    captions = ["a red ring"] * 20
+    about = {"captions": captions, "check": pairs_check(states, captions)}
+    save_file({"states": states}, file, {"about": json.dumps(about)})
     _, rows = opened(made, batch_size=batch, seed=1)
     steps = [rows.at(range(batch * k, batch * (k + 1)))[0] for k in range(11)]
     return made, torch.stack([states.isnan().flatten(1).any(1) for states in steps])
@@ -263,7 +266,7 @@ def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
         ("--shapes 9", "2 to 6 shapes"),
         ("--init nowhere", "nowhere holds no weights: train it first"),
         ("--ds-config nowhere", "--ds-config nowhere cannot be read"),
-        ("--anneal 1.5", "--anneal 1.5 must lie in [0, 1]"),
+        ("--anneal 1.5", "--anneal 1.5 must be at most 1"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     ],
 )
@@ -289,7 +292,11 @@ def of_other_rows(file):
     "name, change, message",
     [
         ("run.json", of_other_rows, "was trained on other rows: give its --data"),
-        ("run.json", lambda file: file.write_text("{"), "no readable run.json"),
+        (
+            "run.json",
+            lambda file: file.write_text("{"),
+            "run.json is damaged, or of another version",
+        ),
         ("*zero_pp*", Path.unlink, "is partial: it holds 0 of 1 optimizer shards"),
         ("mp_rank*", Path.unlink, "and 0 mp_rank_*; delete it"),
     ],

@@ -122,6 +122,7 @@ def test_a_run_from_another_on_larger_pictures(home, tmp_path, capsys, trainer):
     pipeline = Pipeline.open(tmp_path / "run")
     assert (pipeline.facts["size"], pipeline.facts["shift"]) == (40, 4.0)
     assert pipeline.model.config.max_grid == 10
+    (first / "made_by.txt").write_text("train_mnist.py" if trainer == "mnist" else "train_t2i.py")
     said = refused(main, capsys, *how, "--out", first, "--overwrite")
     assert "lies in --out, which is replaced: choose another --out" in said
     assert (first / "model.safetensors").exists()

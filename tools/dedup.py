@@ -72,7 +72,9 @@ def duplicates(vectors: Tensor, threshold: float) -> dict[int, tuple[int, float]
 @dataclass(frozen=True)
 class Settings(Reading):
     model: str = option("pixels", "pixels, or name or folder of a CLIP, SigLIP or DINO")
-    threshold: float = option(0.95, "cosine from which on an image repeats another", above=0)
+    threshold: float = option(
+        0.95, "cosine from which on an image repeats another", above=0, most=1
+    )
 
 
 @program("tools.dedup")

@@ -32,12 +32,15 @@ def read_rows(path: Path) -> list[dict]:
     Raises FileNotFoundError or ValueError: the file, the line, the rule.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # split("\\n") and not splitlines(), which also cuts a text at rare signs inside it
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
+            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.rstrip("\r")}
             if str.strip(row["prompt"]):
                 rows.append(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is no JSON object with a prompt") from error
     if not rows:
         raise ValueError(f"{path} has no prompt: write one on each line")

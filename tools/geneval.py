@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.pipeline import Pipeline, Sampling
-from common.settings import option, parse
-from common.start import program, write_whole
+from common.settings import option, parse, read_json
+from common.start import claim, mark, program, write_whole
 from tools.enhance import read_rows
 
 
@@ -39,9 +39,9 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
         "rows": zlib.crc32(json.dumps(rows).encode()),
     }
     out, begun = args.out, args.out / "settings.json"
-    if begun.exists() and json.loads(begun.read_text()) != settings:
-        raise ValueError(f"--out {out} was begun with {begun.read_text()}: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    if begun.exists() and read_json(begun) != settings:
+        raise ValueError(f"--out {out} was begun with {read_json(begun)}: choose another --out")
+    mark(out, "tools.geneval")
     write_whole(begun, json.dumps(settings).encode())
     missing = []  # file, caption, number of the picture
     for k, row in enumerate(map(dict, rows)):
@@ -80,6 +80,7 @@ class Settings(Sampling):
 def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
     rows = read_rows(args.metadata)
+    claim(args.out, "tools.geneval")
     geneval(args.open(), rows, args)
     print(f"wrote {args.out}")
 

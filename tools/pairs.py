@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import rf
 from common.pipeline import Pipeline, Sampling
-from common.settings import option, parse
-from common.start import program, write_whole
-from inputs.rows import SCHEMA
+from common.settings import option, parse, read_json
+from common.start import claim, mark, program, read_lines, write_whole
+from inputs.rows import SCHEMA, PairsHeader, pairs_check
 from inputs.shapes import TAGS, World, draw_caption
 
 WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
@@ -44,7 +44,7 @@ def captions_of(pipeline: Pipeline, lines: list[str], n: int, seed: int) -> list
         return [known[i] for i in rng.integers(len(known), size=n)]
     if not facts["shapes"]:
         raise ValueError(f"{pipeline.origin} needs captions: give a file with --prompts")
-    world = World(*(facts[key] for key in World._fields))
+    world = World.of(facts)
     tags = (*TAGS, "combined")
     return [draw_caption(rng, tags, held=False, world=world)[1] for _ in range(n)]
 
@@ -68,7 +68,9 @@ def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch
         )
         states.append(path.half().cpu())
         bar.update(len(part))
-    return save({"states": torch.cat(states)}, metadata={"captions": json.dumps(captions)})
+    states = torch.cat(states)
+    about = json.dumps({"captions": captions, "check": pairs_check(states, captions)})
+    return save({"states": states}, metadata={"about": about})
 
 
 def begin_folder(out: Path, about: dict):
@@ -76,16 +78,15 @@ def begin_folder(out: Path, about: dict):
 
     A greater number adds chunks to those that are there, if they are all full.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "pairs.json"
-    older = json.loads(path.read_text()) if path.exists() else about
-    grown = older.get("number", 0) % older.get("chunk", 1) == 0
-    grown = grown and about["number"] > older.get("number", 0)
+    older = read_json(path, PairsHeader) if path.exists() else about
+    grown = older["number"] % older["chunk"] == 0 and about["number"] > older["number"]
     if about != older | ({"number": about["number"]} if grown else {}):
         differs = [
             f"{k} {older.get(k)} there, {v} here" for k, v in about.items() if older.get(k) != v
         ]
         raise ValueError(f"--out {out} holds other pairs ({'; '.join(differs)}): choose another")
+    mark(out, "tools.pairs")
     write_whole(path, json.dumps(about, indent=1).encode())
 
 
@@ -110,12 +111,8 @@ class Settings(Sampling):
 @program("tools.pairs")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    lines = []
-    if args.prompts:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-        if not lines:
-            raise ValueError(f"--prompts {args.prompts} holds no captions: one on each line")
+    lines = read_lines(args.prompts, "--prompts") if args.prompts else []
+    claim(args.out, "tools.pairs")
     pipeline = args.open()
     facts = pipeline.facts | ({"shapes": 0} if lines else {})  # given captions cannot be scored
     settings = pipeline.how(**args.how()) | {"seed": args.seed, "origin": pipeline.origin}

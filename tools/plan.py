@@ -58,7 +58,7 @@ class Settings(Options):
     batch_size: int | None = option(None, "images a step, of all GPUs (recipe's)", least=1)
     samples: int | None = option(None, "images in all (recipe's)", least=1)
     precision: str = option("bf16", "bf16 or fp32", choices=DTYPES)
-    mfu: float = option(0.5, "share of the peak that is reached", above=0)
+    mfu: float = option(0.5, "share of the peak that is reached", above=0, most=1)
     peak_tflops: float = option(989.0, "of one GPU, here an H100 in bf16", above=0)
     gb_per_s: float = option(350.0, "that NCCL sends from each GPU", above=0)
 

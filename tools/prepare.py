@@ -35,12 +35,12 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import islice
 from math import inf, log, prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import datasets
 import numpy as np
@@ -54,10 +54,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import rf
-from common.settings import Options, option, parse
-from common.start import begin, choose_device, program, write_whole
+from common.settings import Checked, Natural, Options, flag, option, parse, read_json, rule
+from common.start import begin, choose_device, claim, line_of, mark, program, write_whole
 from inputs.encoders import TextFormat, image_encoder, text_encoder
-from inputs.rows import SCHEMA, TIMES, Range
+from inputs.rows import SCHEMA, TIMES, Chunk, Manifest, Range, row_checks
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")  # if none has the type
@@ -125,6 +125,11 @@ def open_source(args: Reading) -> Source:
     if files:
         kind = files[0].suffix
         files = [str(file) for file in files if file.suffix == kind]
+        for file in files if kind == ".tar" else ():
+            with open(file, "rb") as tar:  # it ends with two empty blocks; `datasets` does not look
+                tar.seek(max(0, os.path.getsize(file) - 1024))
+                if tar.read(1024) != bytes(1024):
+                    raise ValueError(f"SOURCE {file} is cut off: its end is missing")
         options = {"path": LOADERS.get(kind, name), "data_files": files, "split": "train"}
         if kind in (".csv", ".jsonl"):
             columns = ("file_name", *columns)
@@ -136,8 +141,8 @@ def open_source(args: Reading) -> Source:
         table = datasets.load_dataset(**options, streaming=args.streaming)
         table = table if table.features else table._resolve_features()
     except Exception as error:  # of `datasets`, pyarrow, the hub or the file system
-        reason = str(error.__cause__ or error).strip() or "it is empty"
-        raise ValueError(f"SOURCE {name} could not be loaded: {reason.splitlines()[0]}") from error
+        reason = line_of(error.__cause__ or error).replace("StopIteration", "it is empty")
+        raise ValueError(f"SOURCE {name} could not be loaded: {reason}") from error
     typed = [c for c, kind in table.features.items() if isinstance(kind, datasets.Image)]
     for column in typed:  # bytes: we decode, and leave out the bad
         table = table.cast_column(column, datasets.Image(decode=False))
@@ -150,7 +155,7 @@ def read_folder(folder: Path) -> Source:
     rows = [
         {"file_name": file, "text": file.with_suffix(".txt"), "label": file.parent.name}
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGES and file.name[0] != "."
+        if file.suffix.lower() in IMAGES and file.name[0] != "." and file.is_file()
     ]
     if not rows:
         raise ValueError(
@@ -262,8 +267,10 @@ def caption(row: dict, column: str, args, label) -> str | None:
     if value is None:  # row["json"]["caption"] for the column "json.caption"
         value = reduce(lambda inner, key: (inner or {}).get(key), column.split("."), row)
     if isinstance(value, Path):
-        value = value.read_text(encoding="utf-8") if value.is_file() else None
+        value = value.read_text(encoding="utf-8-sig") if value.is_file() else None
     if column == args.label and value is not None:
+        if type(value) not in (str, int, bool):
+            raise ValueError(f"label {value!r:.80} must be a name or a number")
         name = label.int2str(value) if isinstance(label, datasets.ClassLabel) else str(value)
         name = name.replace("_", " ")
         article = "an" if name[0] in "aeiouAEIOU" else "a"
@@ -294,6 +301,7 @@ COLUMNS = pa.schema(
         "captions": pa.list_(pa.string()),
         "text": pa.list_(pa.large_binary()),
         "t_index": pa.int8(),
+        "checks": pa.list_(pa.int64()),
     }
 )
 
@@ -326,8 +334,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
             else:
                 image = fit(source.picture(row), buckets, args.max_upscale)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
-            why, reason = getattr(error, "kind", "bad"), str(error) or type(error).__name__
-            return {"row": number, "name": name, "kind": why, "reason": reason.splitlines()[0]}
+            kind = getattr(error, "kind", "bad")
+            return {"row": number, "name": name, "kind": kind, "reason": line_of(error)}
         # Every tenth place of the shuffled source is held out, up to --validation of them: by its
         # place, so it does not depend on what happens to other rows. A held-out row is asked at one
         # of the eight times, always the same.
@@ -388,7 +396,7 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
                 wanted = pa.compute.is_in(join["row"], pa.array(numbers, join["row"].type))
                 for row in join.filter(wanted).to_pylist():
                     joined[row["row"]] |= row
-            entry = json.loads(file.read_text()) if file.exists() else None
+            entry = read_json(file, Entry) if file.exists() else None
             # A chunk that is there is made again if one of its bad rows can be read now.
             if entry and all("kind" in read((0, row["row"])) for row in bad_rows(entry)):
                 bar.update(len(numbers))
@@ -407,6 +415,22 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
     return files
 
 
+@dataclass(frozen=True)
+class LeftOut(Checked):
+    row: Natural
+    name: str
+    kind: Annotated[str, rule(choices=("bad", "small", "dropped"))]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry(Chunk):
+    """What the .json of a chunk must hold."""
+
+    ranges: list[Range]
+    left_out: list[LeftOut]
+
+
 def bad_rows(entry: dict) -> list[dict]:
     """Of what a chunk's .json holds: what may be repaired. Small and dropped rows are as meant."""
     return [row for row in entry["left_out"] if row["kind"] == "bad"]
@@ -420,6 +444,8 @@ def write_chunk(file: Path, rows: list[dict], left_out: list[dict]) -> dict:
     memory. → the .json.
     """
     rows.sort(key=lambda row: row["where"])
+    for row in rows:
+        row["checks"] = row_checks(*(row[k] for k in ("image", "captions", "text", "t_index")))
     counts, ranges, first = Counter(row["where"] for row in rows), [], 0
     batch, sink = pa.RecordBatch.from_pylist(rows, COLUMNS), pa.BufferOutputStream()
     rows.clear()  # memory
@@ -427,7 +453,7 @@ def write_chunk(file: Path, rows: list[dict], left_out: list[dict]) -> dict:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
     for where, n in counts.items():
-        ranges.append(Range(int(file.stem), *where, first, n)._asdict())
+        ranges.append(asdict(Range(int(file.stem), *where, first, n)))
         first += n
     entry = {
         "file": f"chunks/{file.stem}.arrow",
@@ -445,7 +471,7 @@ def finish(files: list[Path]) -> dict:
     """What the manifest says of the chunks, from their .json files alone: two parts that end at
     the same time write the same bytes. ValueError if no row is left to train on.
     """
-    chunks = [json.loads(file.read_text()) for file in files]
+    chunks = [read_json(file, Entry) for file in files]
     ranges = [r for chunk in chunks for r in chunk.pop("ranges")]
     left_out = [row for chunk in chunks for row in chunk.pop("left_out")]
     counts, buckets = Counter(row["kind"] for row in left_out), Counter()
@@ -494,7 +520,7 @@ class Settings(Reading):
     latent_scale: float = option(1.0, "latent = raw · scale + offset, so that")
     latent_offset: float = option(0.0, "it is the VAE's mean, unscaled")
     validation: int = option(512, "rows kept from training; at most a tenth", least=0, group="rows")
-    bad_limit: float = option(0.01, "share of rows that may be bad", least=0)
+    bad_limit: float = option(0.01, "share of rows that may be bad", least=0, most=1)
     part: str = option("0/1", "i/n: make every n-th chunk, from the i-th on (from 0)")
     seed: int = option(0, "of the order", least=0)
     chunk_rows: int = option(4096, "rows of a file", least=1)
@@ -536,13 +562,15 @@ def same_settings(args: Settings, source: Source) -> dict:
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
     path = args.out / "prepare.json"
     if not path.exists():
-        (args.out / "chunks").mkdir(parents=True, exist_ok=True)
+        mark(args.out, "tools.prepare")
+        (args.out / "chunks").mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1).encode())
-    for key, value in json.loads(path.read_text()).items():
-        if now.get(key) != value:
+    older = read_json(path)
+    for name in {**older, **now}:
+        if now.get(name) != older.get(name):
             raise ValueError(
-                f"--out {args.out} was begun with {key} {value}, now it is {now.get(key)}: give"
-                " the same options, or another --out"
+                f"--out {args.out} was begun with {flag(name)} {older.get(name)}, now it is"
+                f" {now.get(name)}: give the same options, or another --out"
             )
     return now
 
@@ -551,6 +579,7 @@ def same_settings(args: Settings, source: Source) -> dict:
 def main(argv: list[str] | None = None):
     """Check all options against the source first: a mistake must not show after hours."""
     args = Settings(**parse(Settings, argv, __doc__))
+    claim(args.out, "tools.prepare")
     device = choose_device(args.device)
     begin(device)
     source = open_source(args)
@@ -593,13 +622,15 @@ def main(argv: list[str] | None = None):
             "size": size,
             "noise_seed": args.seed,
             "text_tokens": tokens,
-            "text_format": form._asdict(),
+            "text_format": asdict(form),
             "null_text": base64.b64encode(form.pack(text([""])[0])).decode(),
             "image": {"kind": kind, "channels": vae.channels, "factor": vae.factor},
             "captions": [{"column": c, "weight": w} for c, w in captions.items()],
         }
         write_whole(manifest, json.dumps(facts | finish(files), indent=1).encode())
-    print(f"{args.out} is ready: {json.loads(manifest.read_text())['rows']}")
+        for file in args.out.glob("chunks/.*"):  # half a file of a part that was killed
+            file.unlink(missing_ok=True)
+    print(f"{args.out} is ready: {read_json(manifest, Manifest)['rows']}")
 
 
 if __name__ == "__main__":

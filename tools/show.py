@@ -31,6 +31,7 @@ class Settings(Options):
 @program("tools.show")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    pictures.png_path(args.out)
     device = choose_device(args.device)
     typed = {"data": [args.data], "data_dir": args.data_dir, "batch_size": args.rows}
     settings, rows = settle_run(
