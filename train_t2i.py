@@ -749,6 +749,7 @@ class Run:
         if self.saved_at == self.seen:  # just saved, for another reason
             return
         self.saved_at = self.seen
+        self.log.flush()  # or a resumed run would not know the losses since the last row
         # Of these, a sampler reads facts, model, widths and step; a resume reads step and the rest.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
         record = {
