@@ -69,7 +69,9 @@ def _per_sample(t: Tensor, x: Tensor) -> Tensor:
 
 def _same_shape(data: Tensor, noise: Tensor):
     if data.shape != noise.shape:
-        raise ValueError(f"data {tuple(data.shape)} and noise {tuple(noise.shape)} differ in shape")
+        raise ValueError(f"shapes {tuple(data.shape)} and {tuple(noise.shape)} must be equal")
+    if not data.is_floating_point():
+        raise ValueError(f"data is {data.dtype}, must be floating: bytes would wrap around")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,6 +101,7 @@ def rf_loss(
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r} must be one of {', '.join(LOSSES)}")
     velocity = model(interpolate(data, noise, t), t, text)
+    _same_shape(data, velocity)
     # Difference, squares and mean are computed in fp32: bf16 would round each of them to 8 bits.
     error = velocity.float() - velocity_target(data, noise).float()
     error = error.reshape(len(error), -1)  # (B, dim)
@@ -217,10 +220,10 @@ def shift_time(t, shift: float):
     same t a large image is easier to guess than a small one. So the times of a large image are
     shifted towards the noise, by α = √(m/n), where the large image has m pixels and the small one
     n. Training and sampling should use the same α. The ends stay where they are. t: float or tensor
-    in [0, 1]; shift = α > 0.
+    in [0, 1]; shift = α in [0.01, 100].
     """
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift = {shift} must be positive; 1 leaves time alone")
+    if not 0.01 <= shift <= 100:
+        raise ValueError(f"shift = {shift} must lie in [0.01, 100]; 1 leaves time alone")
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -625,6 +628,8 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     over.
     """
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
+    if len(gammas) < len(widths):
+        raise ValueError(f"widths {widths} must differ in their first two decimals")
 
     @torch.no_grad()
     def update(adamw, args, kwargs):  # after each step; under ZeRO-2 that is one group at a time

@@ -130,7 +130,9 @@ class Settings(DataOptions):
         most=0.28,
         fixed=True,
     )
-    shift: float = option(1.0, "above 1: more training times near the noise", above=0, fixed=True)
+    shift: float = option(
+        1.0, "above 1: more training times near the noise", least=0.01, most=100, fixed=True
+    )
     time: str = option(
         "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
     )
@@ -148,7 +150,9 @@ class Settings(DataOptions):
 
     # Pictures at the end. None of these changes the training, so a finished run may be resumed with
     # other values to draw again: `--resume --cfg 4`.
-    cfg: float = option(1.6, "guidance: above 1 closer to the caption", group="pictures")
+    cfg: float = option(
+        1.6, "guidance: above 1 closer to the caption", least=-100, most=100, group="pictures"
+    )
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(24, "solver steps from noise to image", least=1)
 
@@ -432,13 +436,15 @@ def main(argv: list[str] | None = None):
     begin(device)
     out = typed.get("out", Settings.out)
     # 1. The run that is there: resume it, replace it, or refuse.
-    if not typed.get("dry_run"):
-        claim(out, "train_mnist.py")
+    claim(out, "train_mnist.py")
     state = {}
     if typed.get("resume") and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", device)
     # Any of these files means that a run is there, even if it was killed before its checkpoint.
     present = [file for file in FILES if (out / file).exists()]
+    finished = {"checkpoint.pt", "model.safetensors"} & set(present)  # what is worth keeping
+    if finished and typed.get("resume") and not state:
+        raise ValueError(f"the run in {out} has no checkpoint.pt: begin anew with --overwrite")
     if present and not any(typed.get(key) for key in ("resume", "overwrite", "dry_run")):
         raise ValueError(
             f"--out {out} already holds a run: continue it with --resume, replace it with"
@@ -455,7 +461,7 @@ def main(argv: list[str] | None = None):
     # 3. Network and optimizer.
     model, adamw = build(settings, rows, state, device)
     # 4. The folder. A dry run takes a temporary one, so it does not touch a run in --out.
-    if settings.overwrite and not settings.dry_run and (out / "checkpoint.pt").exists():
+    if settings.overwrite and not settings.dry_run and finished:
         move_away(out, "train_mnist.py")
     where = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out)
     with where as folder, owned(Path(folder), "train_mnist.py") as folder:

@@ -182,7 +182,9 @@ class Settings(DataOptions):
     warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
     cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
     weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
-    shift: float = option(2.0, "above 1: more training times near the noise", above=0, fixed=True)
+    shift: float = option(
+        2.0, "above 1: more training times near the noise", least=0.01, most=100, fixed=True
+    )
     time: str = option(
         "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
     )
@@ -202,7 +204,7 @@ class Settings(DataOptions):
     # until a validation loss is reached measures speed and quality together.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
-    cfg: float = option(3.0, "guidance of the pictures")
+    cfg: float = option(3.0, "guidance of the pictures", least=-100, most=100)
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(20, "solver steps of the pictures", least=1)
     target_eval_loss: float | None = option(
@@ -938,9 +940,12 @@ def launch(typed: dict):
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     claim(out, "train_t2i.py")
     present, record = checkpoints(out / "checkpoints"), None
+    finished = present or (out / "model.safetensors").exists()  # what is worth keeping
     if present and typed.get("resume"):
         record = read_record(present[-1])
-    elif present and not typed.get("overwrite"):
+    elif finished and typed.get("resume"):
+        raise ValueError(f"the run in {out} has no checkpoint: begin anew with --overwrite")
+    elif finished and not typed.get("overwrite"):
         raise ValueError(
             f"--out {out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
@@ -970,7 +975,7 @@ def launch(typed: dict):
         if record:
             run.load(present[-1], record)
         if ranks.rank == 0:
-            if settings.overwrite and present:
+            if settings.overwrite and finished:
                 move_away(out, "train_t2i.py")
             around.enter_context(owned(out, "train_t2i.py"))
         run.open()

@@ -8,6 +8,7 @@ All pictures are uint8 (B, C, H, W) on the CPU, C = 1 (grey) or 3.
 """
 
 import textwrap
+from contextlib import suppress
 from io import BytesIO
 from math import ceil
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.start import write_whole
+from common.start import MARK, write_whole
 
 
 def whole(picture, path: Path, **how):
@@ -41,6 +42,11 @@ def png_path(path: Path, option: str = "--out"):
     """ValueError unless a PNG can be written there: to be asked before hours of drawing."""
     if path.suffix.lower() != ".png" or path.is_dir():
         raise ValueError(f"{option} {path} must be the name of a .png file")
+    if (
+        path.stem in ("samples", "progress", "curves", "log", "eval")
+        and path.with_name(MARK).exists()
+    ):
+        raise ValueError(f"{option} {path}: the run has files of this name, choose another")
 
 
 def grid(pictures: Tensor, columns: int, gap: int = 1) -> np.ndarray:
@@ -110,10 +116,14 @@ def progress(folder: Path, captions: list[str], path: Path):
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    columns, strips = len(captions), sorted(folder.glob("[0-9]*.png"))
-    rows = [pil_to_tensor(Image.open(strip)).chunk(columns, dim=2) for strip in strips]
-    pictures = torch.stack([picture for row in rows for picture in row])
-    seen = [f"{int(strip.stem):,}" for strip in strips]
+    rows = {}
+    for file in sorted(folder.glob(12 * "[0-9]" + ".png")):
+        with suppress(OSError):  # damaged: no reason to end a run
+            rows[f"{int(file.stem):,}"] = pil_to_tensor(Image.open(file))
+    *_, last = rows.values()  # a run that was resumed may draw other captions: their rows go
+    rows = {seen: row for seen, row in rows.items() if row.shape == last.shape}
+    columns, seen = len(captions), list(rows)
+    pictures = torch.cat([torch.stack(row.chunk(columns, dim=2)) for row in rows.values()])
     sheet(pictures, columns, path, captions, seen, inches=0.95, wrap=16)
 
 

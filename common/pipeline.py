@@ -9,6 +9,7 @@ from exported weights, or from AuraFlow's release.
 Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees of an image.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -75,6 +76,8 @@ def draw(
     for part in tqdm(parts, unit="batch", disable=not progress):
         text, x = features(part.tolist()), noise[part].to(device)
         x = rf.sample(model, x, text, null_text=null_text, return_trajectory=trajectory, **how)
+        if not x.isfinite().all():
+            raise FloatingPointError("a picture is not finite: lower --cfg, or look at the weights")
         frames = [image.decode(frame).cpu() for frame in (x if trajectory else x[None])]
         pictures.append(torch.stack(frames))  # (steps + 1 or 1, b, C, H, W)
     pictures = torch.cat(pictures, dim=1)
@@ -91,9 +94,13 @@ class Sampling(Options):
 
     run: str = option(None, "folder of a run, a checkpoint, or exported weights", positional=True)
     auraflow: bool = option(False, "RUN is AuraFlow's pipeline: a folder or hub name")
-    cfg: float | None = option(None, "guidance: 1 none, above 1 closer to the text (the run's)")
+    cfg: float | None = option(
+        None, "guidance: 1 none, above 1 closer to the text (the run's)", least=-100, most=100
+    )
     steps: int | None = option(None, "solver steps from noise to image (the run's)", least=1)
-    shift: float | None = option(None, "of the sampler's time grid (the run's)", above=0)
+    shift: float | None = option(
+        None, "of the sampler's time grid (the run's)", least=0.01, most=100
+    )
     solver: str = option("euler", ", ".join(rf.SOLVERS), choices=rf.SOLVERS)
     ema: float | None = option(
         None, "width of the average, say 0.05 (the narrowest)", least=0.001, most=0.28
@@ -200,6 +207,10 @@ class Pipeline:
 
         how: cfg, steps, shift, solver. batch, progress, trajectory: as in draw above.
         """
+        if how.keys() - {"cfg", "steps", "shift", "solver"}:
+            raise TypeError(f"draw takes cfg, steps, shift and solver, not {', '.join(how)}")
+        if isinstance(captions, str) or len(captions) != len(noise):
+            raise ValueError(f"{len(noise)} noises need as many captions, in a list")
         pixels = noise.shape[-1] * noise.shape[-2] * self.image.factor**2
         return draw(
             self.model,
@@ -242,8 +253,9 @@ def settle_run(
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
-    out, first = typed.get("out", cls.out).resolve(), typed.get("init")
-    if first and first.resolve().is_relative_to(out):
+    out, first = Path(os.path.realpath(typed.get("out", cls.out))), typed.get("init")
+    replaced = (out, out.with_name(f"{out.name}.old"))  # move_away
+    if first and any(Path(os.path.realpath(first)).is_relative_to(place) for place in replaced):
         raise ValueError(f"--init {first} lies in --out, which is replaced: choose another --out")
     init = read_facts(first) if first and not saved else {}
     known = saved | typed
@@ -375,6 +387,11 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
         raise FileNotFoundError(f"{path} holds no checkpoint: only its exported weights, no --ema")
     record = read_json(folder / RUN_FILE, Record)
     width = min(record["widths"]) if ema is None else ema
+    low, high = min(record["widths"]), max(record["widths"])
+    if not low <= width <= high:
+        raise ValueError(
+            f"--ema {width} must lie between {low} and {high}, the widths that are kept"
+        )
     if width in record["widths"]:
         name = rf.average_name(width)
         average = read_averages(folder, [name])[name]

@@ -230,8 +230,9 @@ def parse(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher's
     typed = vars(parser.parse_intermixed_args(argv))
     typed.pop("local_rank", None)
-    typed = {name: value for name, value in typed.items() if value != "auto"}
     for f in fields(cls):
+        if typed.get(f.name) == "auto" and not f.metadata["positional"]:
+            del typed[f.name]
         if f.name in typed:
             check(cls.called(f.name), typed[f.name], hints[f.name], f.metadata)
     return typed

@@ -99,7 +99,10 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise FileNotFoundError(f"{what} {path} is not there: give a text file, one on each line")
     # utf-8-sig: some editors begin a file with a mark that is no part of its text. And only "\n"
     # ends a line: splitlines() would also cut a text at rare signs inside it.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} must be text in UTF-8: {error}") from error
     if not any(lines):
         raise ValueError(f"{what} {path} is empty: write one on each line")
     return [line for line in lines if line]
@@ -117,6 +120,7 @@ def claim(folder: Path, program: str, what: str = "--out"):
 
     Programs write files of fixed names, so in another's folder they would overwrite what it holds.
     """
+    folder = Path(os.path.realpath(folder))  # NEW/.. is the folder that NEW would lie in
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{what} {folder} is a file, must be a folder: choose another")
     path = folder / MARK
@@ -143,6 +147,7 @@ def owned(folder: Path, program: str, what: str = "--out"):
     The lock ends with the process, however it ends. ValueError as claim, or if it is taken.
     """
     claim(folder, program, what)
+    ours = (folder / MARK).exists()
     with open(mark(folder, program), "r+") as file:
         try:
             if fcntl is not None:
@@ -153,8 +158,9 @@ def owned(folder: Path, program: str, what: str = "--out"):
             ) from error
         except OSError:  # a file system without locks
             pass
-        for file_of_a_kill in folder.glob(".*.[0-9]*"):  # of write_whole
-            file_of_a_kill.unlink(missing_ok=True)
+        for left in folder.glob(".*.*") if ours else ():  # by a kill, of write_whole
+            if left.suffix[1:].isdecimal() and left.is_file():
+                left.unlink()
         yield folder
 
 

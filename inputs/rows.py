@@ -71,7 +71,9 @@ class DataOptions(Options):
         "shapes, mnist, glyphs, cifar10, or folders of tools.prepare and tools.pairs",
         group="data",
     )
-    data_weights: list[float] = option([], "shares of several --data", above=0, fixed=True)
+    data_weights: list[float] = option(
+        [], "shares of several --data", above=0, most=1e6, fixed=True
+    )
     data_dir: Path = option(Path("data"), "where mnist and cifar10 lie, or are downloaded to")
     window: int = option(4, "chunks whose rows are shuffled together", least=1, fixed=True)
     size: int = option(20, "pixels a side", least=1, fixed=True)
@@ -634,9 +636,9 @@ class Facts(Checked):
     shapes: Natural  # the world of shapes, if there is one, with the next two
     colors: Natural
     places: Natural
-    cfg: float
+    cfg: Annotated[float, rule(least=-100, most=100)]
     steps: Count
-    shift: Positive
+    shift: Annotated[float, rule(least=0.01, most=100)]
     preset: str
     patch_size: Count
     residual: str
@@ -648,9 +650,9 @@ class Facts(Checked):
 class PairsMade(Checked):
     """How a path was followed, and from which captions (a checksum)."""
 
-    cfg: float
+    cfg: Annotated[float, rule(least=-100, most=100)]
     steps: Count
-    shift: Positive
+    shift: Annotated[float, rule(least=0.01, most=100)]
     solver: Annotated[str, rule(choices=rf.SOLVERS)]
     seed: Natural
     origin: str

@@ -28,7 +28,7 @@ from tools.prepare import Entry
 
 # --- each number of each command -----------------------------------------------------------------
 
-FREE = {"cfg", "latent_scale", "latent_offset"}  # any finite number has a meaning
+FREE = {"latent_scale", "latent_offset"}  # any finite number has a meaning
 NUMBERS = {int: ("nan", "1.5", "x", "-9223372036854775809"), float: ("nan", "inf", "-inf", "x")}
 
 

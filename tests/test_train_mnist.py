@@ -208,7 +208,7 @@ def test_what_cannot_be_resumed_is_refused(done, tmp_path, capsys, change, optio
         ("--patch-size 5", "a patch of 5 must divide what the network sees, 28x28"),
         ("--batch-size 0", "--batch-size 0 must be at least 1"),
         ("--ema 0.5", "--ema 0.5 must be at most 0.28"),
-        ("--shift 0", "--shift 0.0 must be above 0"),
+        ("--shift 0", "--shift 0.0 must be at least 0.01"),
         ("--lr nan", "--lr nan must be finite"),
         ("--anneal 2", "--anneal 2.0 must be at most 1"),
         ("--anneal 0.5", "--anneal 0.5 is for pairs (tools.pairs) with --segments 1"),

@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, cap
     assert sum(bad) >= 3 and (True, True) not in pairwise(bad)
     options = ["--data", made, "--batch-size", 6, "--samples", 60, "--cooldown-samples", 36]
     out = train(tmp_path / "run", *options, "--max-bad-steps", 2)
-    (row,) = records(out / "log.csv")
+    *_, row = records(out / "log.csv")
     steps = 9 - sum(bad[:9])  # that moved the weights before the tenth
     assert int(row["skipped"]) == sum(bad[:10]) and float(row["loss"]) < 2
     assert float(row["lr"]) == pytest.approx(0.004 * (10 - steps) / 6)

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from common.settings import option, parse
 from common.start import choose_device, program
 from inputs.encoders import pretrained
-from tools.prepare import Reading, open_source, pictures, write_table
+from tools.prepare import Reading, check_free, open_source, pictures, write_table
 
 BLOCK = 4096  # rows compared at a time
 
@@ -80,6 +80,7 @@ class Settings(Reading):
 @program("tools.dedup")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    check_free(args.out)
     device = choose_device(args.device)
     source = open_source(args)
     embed = pixels if args.model == "pixels" else image_features(args.model, device)

@@ -81,6 +81,8 @@ class Settings(Options):
 def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
     rows = read_rows(args.prompts)
+    if args.out.resolve() == args.prompts.resolve():
+        raise ValueError(f"--out {args.out} is the file of prompts: choose another")
     lines = enhance([row["prompt"] for row in rows], args.model, choose_device())
     if args.prompts.suffix == ".jsonl":
         pairs = zip(rows, lines, strict=True)

@@ -28,6 +28,7 @@ Start reading at main(), then make_chunks().
 """
 
 import base64
+import glob
 import io
 import json
 import os
@@ -110,6 +111,8 @@ class Source(NamedTuple):
             raise ValueError("no image")
         file = io.BytesIO(cell) if isinstance(cell, bytes) else self.folder / cell
         with Image.open(file) as image:
+            if image.mode[0] in "IF":  # Pillow would cut 16 bits or floats off at 255
+                raise ValueError(f"image of mode {image.mode}, must have 8 bits")
             return ImageOps.exif_transpose(image).convert("RGB")
 
 
@@ -124,13 +127,17 @@ def open_source(args: Reading) -> Source:
     files = [path] if path.is_file() else [f for p in INSIDE for f in sorted(path.glob(p))]
     if files:
         kind = files[0].suffix
-        files = [str(file) for file in files if file.suffix == kind]
+        files = [file for file in files if file.suffix == kind]
         for file in files if kind == ".tar" else ():
             with open(file, "rb") as tar:  # it ends with two empty blocks; `datasets` does not look
                 tar.seek(max(0, os.path.getsize(file) - 1024))
                 if tar.read(1024) != bytes(1024):
                     raise ValueError(f"SOURCE {file} is cut off: its end is missing")
-        options = {"path": LOADERS.get(kind, name), "data_files": files, "split": "train"}
+        options = {
+            "path": LOADERS.get(kind, name),
+            "data_files": [glob.escape(str(f)) for f in files],
+        }
+        options["split"] = "train"
         if kind in (".csv", ".jsonl"):
             columns = ("file_name", *columns)
         if kind == ".csv":
@@ -195,6 +202,12 @@ def pictures(source: Source, args):
             images = filter(None, pool.map(read, items))
             while batch := list(islice(images, args.batch)):
                 yield batch
+
+
+def check_free(path: Path):
+    """ValueError if --out is there: it might be SOURCE, or one of its images."""
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"--out {path} must be a new file in a folder that is there")
 
 
 def write_table(path: Path, columns: dict[str, list]):
@@ -323,6 +336,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
         try:
             row, more = rows[number], joined[number]
             name = str(row.get("file_name") or row.get("__key__") or name)
+            if not isinstance(more.get("drop"), bool | None):
+                raise ValueError(f"drop {more['drop']!r} of --with must be true or false")
             if more.get("drop"):
                 raise Dropped("--with says drop")
             row = row | more
@@ -397,6 +412,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
                 for row in join.filter(wanted).to_pylist():
                     joined[row["row"]] |= row
             entry = read_json(file, Entry) if file.exists() else None
+            if entry and not there(args.out, entry):
+                entry = None
             # A chunk that is there is made again if one of its bad rows can be read now.
             if entry and all("kind" in read((0, row["row"])) for row in bad_rows(entry)):
                 bar.update(len(numbers))
@@ -429,6 +446,12 @@ class Entry(Chunk):
 
     ranges: list[Range]
     left_out: list[LeftOut]
+
+
+def there(out: Path, entry: dict) -> bool:
+    """Whether the .arrow of a chunk is there, as long as it was written."""
+    file = out / entry["file"]
+    return file.is_file() and file.stat().st_size == entry["bytes"]
 
 
 def bad_rows(entry: dict) -> list[dict]:
@@ -529,6 +552,8 @@ class Settings(Reading):
         super().__post_init__()
         if "{" in self.label_template.replace("{a}", "").replace("{}", ""):
             raise ValueError(f"--label-template {self.label_template!r} may use {{}} and {{a}}")
+        if "{" not in self.label_template:
+            raise ValueError(f"--label-template {self.label_template!r} must hold {{}} or {{a}}")
         part, _, parts = self.part.partition("/")
         if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
             raise ValueError(f"--part {self.part} must be i/n with 0 ≤ i < n, such as 0/2 and 1/2")
@@ -562,6 +587,8 @@ def same_settings(args: Settings, source: Source) -> dict:
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
     path = args.out / "prepare.json"
     if not path.exists():
+        if list(args.out.glob("chunks/*")):
+            raise ValueError(f"--out {args.out} has chunks, but no {path.name} that says how made")
         mark(args.out, "tools.prepare")
         (args.out / "chunks").mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1).encode())
@@ -584,8 +611,9 @@ def main(argv: list[str] | None = None):
     begin(device)
     source = open_source(args)
     joins = [pa.parquet.read_table(pa.memory_map(str(file))) for file in args.with_]
-    if not all("row" in join.column_names for join in joins):
-        raise ValueError("a file of --with must have a column row, the number in SOURCE")
+    for file, join in zip(args.with_, joins, strict=True):
+        if "row" not in join.column_names or not pa.types.is_integer(join["row"].type):
+            raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
     columns = sorted({*source.columns}.union(*(join.column_names for join in joins)))
     captions = caption_columns(args, columns)
     for column in (*captions, args.latent or source.image):
@@ -611,6 +639,8 @@ def main(argv: list[str] | None = None):
     form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)
     facts = same_settings(args, source)
     manifest = args.out / "manifest.json"
+    if manifest.exists() and not all(there(args.out, c) for c in read_json(manifest)["chunks"]):
+        manifest.unlink()  # a broken chunk was deleted: it is made again
     if not manifest.exists():
         files = make_chunks(args, source, joins, captions, buckets, vae, text, form)
         if not all(file.exists() for file in files):
@@ -628,8 +658,6 @@ def main(argv: list[str] | None = None):
             "captions": [{"column": c, "weight": w} for c, w in captions.items()],
         }
         write_whole(manifest, json.dumps(facts | finish(files), indent=1).encode())
-        for file in args.out.glob("chunks/.*"):  # half a file of a part that was killed
-            file.unlink(missing_ok=True)
     print(f"{args.out} is ready: {read_json(manifest, Manifest)['rows']}")
 
 

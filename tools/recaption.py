@@ -17,7 +17,7 @@ from PIL import Image
 from common.settings import option, parse
 from common.start import choose_device, program
 from inputs.encoders import pretrained
-from tools.prepare import Reading, open_source, pictures, write_table
+from tools.prepare import Reading, check_free, open_source, pictures, write_table
 
 
 class Captioner:
@@ -56,6 +56,7 @@ class Settings(Reading):
 @program("tools.recaption")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    check_free(args.out)
     source = open_source(args)
     write = Captioner(args.model, args.ask, choose_device(args.device))
     table = {"row": [], "recaption": []}
