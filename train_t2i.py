@@ -997,8 +997,9 @@ def finish(run: Run):
 
 @program("train_t2i.py")
 def main(argv: list[str] | None = None):
+    typed = parse(Settings, argv, __doc__, RECIPES)
     try:
-        launch(parse(Settings, argv, __doc__, RECIPES))
+        launch(typed)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,15 +1,17 @@
 """What was there before a command that fails, or is killed, is there afterwards, byte for byte."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import kills
+import numpy as np
 import pytest
 import torch
 from helpers import DIGITS, call, exported, full_disk, opened, refused, t2i
+from PIL import Image
 from test_digits import write_mnist
 from test_pairs import make
 from test_prepare import pictures
@@ -19,8 +21,11 @@ import sample_t2i
 import train_mnist
 from common import start
 from common.evaluate import Ranks, validation
+from common.pictures import progress, strip
+from common.pipeline import Pipeline
+from inputs.rows import open_rows
 from mmdit import PRESETS, MMDiT, save_model
-from tools import geneval, pairs, prepare
+from tools import dedup, enhance, geneval, pairs, prepare
 
 ROOT = Path(__file__).parents[1]
 QUICK = {
@@ -193,7 +198,10 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_random_moments():
-    kills.main(["--kills", "3", "--each", "3"])
+    """In a process of its own: it forks, and this one has threads."""
+    command = [sys.executable, ROOT / "tests/kills.py", "--kills", "2", "--each", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing was lost" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_chunk_that_vanishes_ends_in_a_line(home, tmp_path, capsys):
@@ -215,3 +223,106 @@ def test_a_folder_that_may_not_be_written(home, tmp_path, capsys, monkeypatch):
             patch.setattr(os, "replace", denied)
             said = refused(main, capsys, *given)
         assert "Permission denied" in said and "could not be written" in said, name
+
+
+# --- what two attacks found ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_weights_without_a_checkpoint_are_a_run(home, tmp_path, capsys, trainer):
+    out = shutil.copytree(home / trainer, tmp_path / "run")
+    for path in (out / "checkpoint.pt", out / "checkpoints"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    before, given = content(out), options(trainer, home, out)
+    assert "already holds a run" in refused(TRAINERS[trainer], capsys, *given)
+    said = refused(TRAINERS[trainer], capsys, *given, "--resume")
+    assert "begin anew with --overwrite" in said and content(out) == before
+    call(TRAINERS[trainer], *given, "--overwrite")
+    assert content(tmp_path / "run.old") == before
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_run_that_another_starts_from_is_not_replaced(home, tmp_path, capsys, trainer):
+    first = shutil.copytree(home / trainer, tmp_path / "run.old")
+    before = content(first)
+    given = options(trainer, home, tmp_path / "run", "--init", first, "--overwrite")
+    assert "is replaced: choose another --out" in refused(TRAINERS[trainer], capsys, *given)
+    assert content(first) == before
+
+
+def test_whose_folder_it_is(home, tmp_path, capsys):
+    """Also by another name; and what is hidden in a folder stays."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log.csv").write_text("thesis")
+    given = options("mnist", home, tmp_path / "mine" / "new" / "..")
+    assert "holds other files" in refused(train_mnist.main, capsys, *given)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".notes.2024").write_text("mine")
+    call(train_mnist.main, *options("mnist", home, tmp_path / "hidden"))
+    assert (tmp_path / "hidden" / ".notes.2024").read_text() == "mine"
+    for name in ("samples", "eval"):
+        how = [home / "mnist", 3, "--out", home / "mnist" / f"{name}.png"]
+        assert "has files of this name" in refused(sample_t2i.main, capsys, *how)
+
+
+def test_a_picture_that_is_not_finite_is_none(home):
+    pipeline = Pipeline.open(home / "first")
+    with pytest.raises(FloatingPointError, match="a picture is not finite"):
+        pipeline.draw(["1"], torch.full((1, 1, 14, 14), torch.nan))
+    for captions in ("1", ["1"] * 3):
+        with pytest.raises(ValueError, match="1 noises need as many captions, in a list"):
+            pipeline.draw(captions, torch.zeros(1, 1, 14, 14))
+    with pytest.raises(TypeError, match="not step"):
+        pipeline.draw(["1"], torch.zeros(1, 1, 14, 14), step=5)
+
+
+def test_strips_that_do_not_fit_end_no_run(tmp_path):
+    for seen, columns in ((8, 6), (16, 12), (24, 12)):
+        strip(torch.zeros(columns, 3, 4, 4, dtype=torch.uint8), tmp_path / f"{seen:012d}.png")
+    (tmp_path / f"{12:012d}.png").write_bytes(b"no picture")
+    (tmp_path / "1 copy.png").write_bytes(b"")
+    progress(tmp_path, ["a"] * 12, tmp_path / "progress.png")
+    assert (tmp_path / "progress.png").stat().st_size > 1000
+
+
+def test_prepare_reads_what_it_was_given_alone(tmp_path, capsys):
+    """Names with signs of a pattern; images that have not 8 bits; labels without a place."""
+    for name, said in (("x[1]", "right"), ("x1", "wrong")):
+        folder = pictures(tmp_path / name, 6)
+        lines = (folder / "metadata.jsonl").read_text().replace("number", said)
+        (folder / "metadata.jsonl").write_text(lines)
+    Image.fromarray(np.arange(2500, dtype=np.uint16).reshape(50, 50)).save(tmp_path / "x[1]/0.png")
+    how = ["--size", 16, "--bad-limit", 1]
+    call(prepare.main, tmp_path / "x[1]", "--out", tmp_path / "data", *how)
+    chunk = json.loads((tmp_path / "data/chunks/00000.json").read_text())
+    assert [row["reason"] for row in chunk["left_out"]] == ["image of mode I;16, must have 8 bits"]
+    rows = open_rows([str(tmp_path / "data")]).sources[0]
+    assert all(caption.startswith("right") for caption in rows.captions(np.arange(5)))
+    how = [tmp_path / "x1", "--out", tmp_path / "new", "--label-template", "photo"]
+    assert "must hold {} or {a}" in refused(prepare.main, capsys, *how)
+
+
+def test_a_chunk_that_was_deleted_is_made_again(home, tmp_path, capsys):
+    out = tmp_path / "data"
+    how = [home / "source", "--out", out, "--size", 16, "--chunk-rows", 6]
+    call(prepare.main, *how)
+    before = content(out)
+    for file in (out / "chunks").glob("00001.*"):
+        file.unlink()
+    call(prepare.main, *how)
+    assert content(out) == before
+    (out / "prepare.json").unlink()
+    assert "has chunks, but no prepare.json" in refused(prepare.main, capsys, *how)
+
+
+def test_no_tool_writes_over_what_it_reads(home, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ring")
+    for main, given in (
+        (dedup.main, [home / "source", "--out", home / "source/0.png"]),
+        (dedup.main, [home / "source", "--out", tmp_path / "no" / "x.parquet"]),
+        (enhance.main, [prompts, "--model", "x", "--out", prompts]),
+    ):
+        before = content(home / "source")
+        assert "--out" in refused(main, capsys, *given)
+        assert content(home / "source") == before and prompts.read_text() == "a ring"
