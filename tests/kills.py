@@ -66,6 +66,8 @@ def start(main: Callable, argv: list[str], ranks: int, log: Path) -> list[int]:
         if child:
             children.append(child)
             continue
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # of a trainer that this process may have been
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2)
         if ranks > 1:
