@@ -20,7 +20,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_the_whole_idea_runs_as_it_stands():
-    code = blocks(PAGES[0], "python")[0]
+    seeded = "import torch; torch.manual_seed(0)\n"  # a point in fifteen ends between the two
+    code = seeded + blocks(PAGES[0], "python")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", done.stdout)]
     assert len(numbers) == 10, done.stderr
