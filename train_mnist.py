@@ -55,8 +55,7 @@ from common.start import (
 from inputs.rows import Batch, DataOptions, Rows
 from mmdit import PRESETS, RESIDUALS, MMDiT, fitted
 
-# What a run leaves in its folder. If one of these exists, the folder holds a run; --overwrite
-# deletes only these.
+# What a run leaves in its folder. If one of these exists, the folder holds a run.
 FILES = (
     "checkpoint.pt",
     "log.csv",
@@ -430,7 +429,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
 @program("train_mnist.py")
 def main(argv: list[str] | None = None):
     """Everything before and after the loop. The order matters: all checks come before the first
-    file of the run is written, and an old run is deleted only when they have passed."""
+    file of the run is written, and an old run is moved away only when they have passed."""
     started, typed = time.time(), parse(Settings, argv, __doc__, RECIPES)
     device = choose_device(typed.get("device", "auto"))
     begin(device)

@@ -935,7 +935,7 @@ def load_checkpoint(engine, adamw, path: Path, universal: bool):
 
 def launch(typed: dict):
     """Everything before and after the loop. All checks come before the first file of the run is
-    written, and an old run is deleted only when they have passed."""
+    written, and an old run is moved away only when they have passed."""
     # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     claim(out, "train_t2i.py")

@@ -207,8 +207,9 @@ class Pipeline:
 
         how: cfg, steps, shift, solver. batch, progress, trajectory: as in draw above.
         """
-        if how.keys() - {"cfg", "steps", "shift", "solver"}:
-            raise TypeError(f"draw takes cfg, steps, shift and solver, not {', '.join(how)}")
+        unknown = how.keys() - {"cfg", "steps", "shift", "solver"}
+        if unknown:
+            raise TypeError(f"draw takes cfg, steps, shift and solver, not {', '.join(unknown)}")
         if isinstance(captions, str) or len(captions) != len(noise):
             raise ValueError(f"{len(noise)} noises need as many captions, in a list")
         pixels = noise.shape[-1] * noise.shape[-2] * self.image.factor**2
