@@ -218,13 +218,16 @@ ROLES = {
 
 
 class Linear(nn.Linear):
-    """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector"."""
+    """y = x Wᵀ (+ b). `role` names the weight's row in muP's table (ROLES); biases are "vector".
+
+    parts: how many matrices of equal size lie in the weight, one below the other; for Muon.
+    """
 
     product = staticmethod(F.linear)  # common/cpu.py puts a faster one here on some CPUs
 
-    def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False):
+    def __init__(self, fan_in: int, fan_out: int, role: str, bias: bool = False, parts: int = 1):
         super().__init__(fan_in, fan_out, bias=bias)
-        self.role = role
+        self.role, self.parts = role, parts
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -291,7 +294,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.up = Linear(dim, 2 * hidden, role="hidden")  # rows: [gate; value]
+        self.up = Linear(dim, 2 * hidden, role="hidden", parts=2)  # rows: [gate; value]
         self.down = Linear(hidden, dim, role="hidden")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -362,7 +365,7 @@ class Stream(nn.Module):
         self.head_dim = config.head_dim
         self.residual = config.residual
         self.modulation = Linear(dim, 6 * dim, role="modulation")
-        self.qkv = Linear(dim, 3 * dim, role="hidden")  # rows: [q; k; v]
+        self.qkv = Linear(dim, 3 * dim, role="hidden", parts=3)  # rows: [q; k; v]
         self.out = Linear(dim, dim, role="hidden")
         self.mlp = SwiGLU(dim, config.mlp_dim)
 
@@ -412,7 +415,7 @@ class KeyValueStream(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.modulation = Linear(config.dim, 2 * config.dim, role="modulation")  # shift, scale
-        self.kv = Linear(config.dim, 2 * config.dim, role="hidden")  # rows: [k; v]
+        self.kv = Linear(config.dim, 2 * config.dim, role="hidden", parts=2)  # rows: [k; v]
 
     def heads(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
@@ -604,25 +607,37 @@ class MMDiT(nn.Module):
             block.compile(fullgraph=True, dynamic=False, **kwargs)
 
     def param_groups(
-        self, lr: float, weight_decay: float = 0.0, parametrization: str = "mup"
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        parametrization: str = "mup",
+        muon_lr: float = 0.0,
     ) -> list[dict]:
         """Groups for AdamW, one for each distinct (lr, weight_decay); every parameter once.
 
         "mup": lr and weight_decay hold at base_dim, and ROLES says how they follow the width.
-        "standard": the same lr and decay at every width, for comparison.
+        "standard": the same lr and decay at every width, for comparison. muon_lr: above 0, hidden
+        matrices are a group for Muon (common/muon.py), which needs their shapes: "matrices" holds
+        (parts, out, in) of each.
         """
         if parametrization not in ("mup", "standard"):
             raise ValueError(f"parametrization = {parametrization!r} must be 'mup' or 'standard'")
         ratios, groups = self.fan_in_ratios(), {}
         for name, parameter in self.named_parameters():
+            role, muon = self.role(name), {}
             m = ratios[name] if parametrization == "mup" else 1.0
-            decays = ROLES[self.role(name)].decays
-            key = (lr / m, weight_decay * m if decays else 0.0)
-            groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": params, "lr": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()
-        ]
+            decay = weight_decay * m if ROLES[role].decays else 0.0
+            rate = lr / m
+            if muon_lr and role == "hidden":  # its own rule makes the rate hold at every width
+                rate, decay, muon = muon_lr, weight_decay, {"matrices": []}
+            how = {"lr": rate, "weight_decay": decay, **muon}
+            group = groups.setdefault((rate, decay, *muon), {"params": [], **how})
+            group["params"].append(parameter)
+            if muon:
+                parts = self.get_submodule(name.rpartition(".")[0]).parts
+                out, into = parameter.shape
+                group["matrices"].append((parts, out // parts, into))
+        return list(groups.values())
 
     def fan_in_ratios(self) -> dict[str, float]:
         """name → m = fan_in / (fan_in at base_dim); 1 for vectors and where fan_in is fixed."""

@@ -566,6 +566,8 @@ def line_at(
     K = states.shape[1] - 1
     if K == 0:
         return states[:, 0], fresh_noise
+    if segments < 1 or K % segments:
+        raise ValueError(f"segments = {segments} must divide the {K} of the states")
     states = states[:, :: K // segments]  # (B, segments + 1, ...)
     if segments == 1:
         return states[:, 1], states[:, 0]
@@ -660,6 +662,8 @@ def exchange_averages(adamw: torch.optim.Optimizer, name: str):
     (chapter 2) keep references to these tensors; in parts of 64 MiB, so that no second copy of the
     weights is held.
     """
+    if not any(name in state for state in adamw.state.values()):
+        raise ValueError(f"no average {name!r} is kept")
     for group in adamw.param_groups:
         for weight in group["params"]:
             if name in adamw.state.get(weight, {}):

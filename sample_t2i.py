@@ -190,7 +190,10 @@ def read_prompts(args: Settings) -> list[str]:
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
     if args.export:
-        claim(Path(args.export[1]), "sample_t2i.py --export", "--export")
+        out = Path(args.export[1])
+        claim(out, "sample_t2i.py --export", "--export")
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"--export {out} holds an export already: choose a new folder")
     elif not args.score:
         read_prompts(args)  # a mistake shows before a large model is loaded
     pipelines = {name: args.open(name) for name in (args.run, *args.against)}

@@ -36,6 +36,7 @@ import rf
 from common import pictures
 from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, LogRow, append_row, device_peak, progress_bar, show, write_rows
+from common.muon import use_muon
 from common.pipeline import Pipeline, run_facts, settle_run
 from common.settings import Checked, Count, fitting, option, parse
 from common.start import (
@@ -102,6 +103,8 @@ class Settings(DataOptions):
     )
     # The network. The preset gives width and depth; the data gives channels, grid and classes.
     preset: str = option("digits", ", ".join(PRESETS), choices=PRESETS, fixed=True, group="network")
+    # A patch is a token. Small patches can draw finer detail, but there are more of them, and the
+    # cost of a step grows with the number of tokens (attention: with its square).
     patch_size: int | None = option(
         None, "side of a patch in pixels (the largest that fits the images)", least=1, fixed=True
     )
@@ -120,8 +123,15 @@ class Settings(DataOptions):
     lr: float = option(
         6e-3, "learning rate at the base width; holds over width", least=0, fixed=True
     )
+    muon_lr: float = option(
+        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0, fixed=True
+    )
     warmup_steps: int = option(100, "in which the rate rises", least=1, fixed=True)
-    weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
+    # Weight decay pulls weights towards zero at each step. In a run of minutes no image is seen
+    # often enough to be learned by heart, so nothing is gained by it.
+    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0, fixed=True)
+    # The pictures are drawn with an average of the weights. At 0.05 nine tenths of it lie in the
+    # last eighth of the run. A wider one would hold weights of the time when the network knew less.
     ema: float = option(
         0.05,
         "width of the weights' average, a share of the run",
@@ -159,6 +169,7 @@ class Settings(DataOptions):
     out: Path = option(Path("runs/mnist"), "folder of the run's files", local=True, group="run")
     resume: bool = option(False, "continue the run in --out, or begin it", local=True)
     overwrite: bool = option(False, "begin anew; the run in --out becomes OUT.old", local=True)
+    # A kill loses the steps since the last checkpoint.
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
     dry_run: bool = option(False, "one step of everything, in a temporary folder", local=True)
 
@@ -195,7 +206,7 @@ def draw(rows: Rows, settings: Settings, step: int, generator: torch.Generator) 
 
 
 def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generator):
-    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖². → loss, gradient norm, on the device.
+    """One step on E‖v(x_t, t) − (noise − data)‖². → loss, gradient norm, on the device.
 
     The two results stay on the device. To read a number, the host waits until the device has
     computed it, and then the device waits for new work. So log.py reads once in LOG_EVERY steps.
@@ -216,11 +227,12 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
     # x_t = (1 − t)·data + t·noise goes in, v comes out, noise − data is what it should be.
     loss = rf.rf_loss(model, data, text, t=t, noise=noise, loss=settings.loss).mean()
     loss.backward()
+    # The norm of all gradients together, before they are scaled down to CLIP if it is larger.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     # base_lr is the group's own rate, from muP's table (build); the schedule scales all of them.
     for group in adamw.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(settings, step)
-    adamw.step()  # moves the weights, and then their average (rf.keep_averages)
+    adamw.step()  # moves the weights (matrices: use_muon), and then their average (keep_averages)
     adamw.zero_grad()
     return loss, norm
 
@@ -279,7 +291,8 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
 
 
 def check_finite(log: Log, row: dict | None, path: Path):
-    """Stop a run that has diverged: with NaN weights further training is useless."""
+    """Stop a run that has diverged. A weight that is NaN makes every later output NaN, and so every
+    gradient: it never heals."""
     if row and log.bad_step:
         left = f"{path} is from before" if path.exists() else "nothing was saved"
         raise FloatingPointError(
@@ -291,7 +304,7 @@ def check_finite(log: Log, row: dict | None, path: Path):
 # ------------------------------------------------------------------------------------------------
 # 4 Save and resume
 # ------------------------------------------------------------------------------------------------
-# A resumed run restores the weights, AdamW's moments and its counts of steps, the average, the
+# A resumed run restores the weights, the optimizer's moments and counts of steps, the average, the
 # settings and the rows of log.csv. It need not restore random generators or a place in the data:
 # both follow from seed and step. So the rest of the run is the same to the last bit (on a CPU; GPUs
 # add up in an order that may differ from run to run).
@@ -308,6 +321,7 @@ def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: L
         "adamw": adamw.state_dict(),  # moments, and the average beside them
         "log": log.rows,
     }
+    # First into memory: a disk that fills up then costs the new checkpoint and not the old one.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getbuffer())
@@ -359,11 +373,15 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
     compiles = device.type == "cuda" and find_spec("triton") is not None
     if compiles if settings.compile is None else settings.compile:
         model.compile_blocks()
-    groups = model.param_groups(settings.lr, settings.weight_decay)  # by muP
+    # By muP each group has its own rate. Two optimizers share the work. AdamW moves every entry by
+    # about its rate. Muon moves the matrices in the blocks in all their directions equally far, so
+    # rare directions are learned as fast as frequent ones (common/muon.py).
+    groups = model.param_groups(settings.lr, settings.weight_decay, muon_lr=settings.muon_lr)
     fused = device.type in ("cpu", "cuda")  # all weights of a group in one kernel
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
     for group in adamw.param_groups:
         group["base_lr"] = group["lr"]
+    use_muon(adamw)
     rf.keep_averages(adamw, [settings.ema])
     if state:
         restore(model, adamw, state, settings)
@@ -373,16 +391,22 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
 def restore(model: MMDiT, adamw, state: dict, settings: Settings):
     """Put the checkpoint's weights, moments and average in place. ValueError if they do not fit.
 
-    torch compares names and shapes of the weights, but accepts any optimizer state.
+    torch compares names and shapes of the weights, but accepts any optimizer state. So we look at
+    that ourselves: AdamW has two moments of each of its weights, Muon one, and each weight has its
+    average and its count of steps.
     """
-    names, wanted = {"step", "exp_avg", "exp_avg_sq", rf.average_name(settings.ema)}, []
+    average, wanted = rf.average_name(settings.ema), []
     groups = [{*group, "updates"} for group in adamw.param_groups]
     try:
         model.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
-        for parameter in model.parameters():
-            shapes = {name: x.shape for name, x in adamw.state[parameter].items()}
-            wanted.append(shapes == dict.fromkeys(names, parameter.shape) | {"step": torch.Size()})
+        for group in adamw.param_groups:
+            moments = ["momentum"] if "matrices" in group else ["exp_avg", "exp_avg_sq"]
+            names = (*moments, average)
+            for parameter in group["params"]:
+                shapes = {name: x.shape for name, x in adamw.state[parameter].items()}
+                known = dict.fromkeys(names, parameter.shape) | {"step": torch.Size()}
+                wanted.append(shapes == known)
         fits = all(wanted) and [set(group) for group in adamw.param_groups] == groups
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
         fits = False
@@ -404,6 +428,7 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     # written already, and nothing trains any more, so they need not be swapped back.
     rf.exchange_averages(adamw, rf.average_name(settings.ema))
     samples, device = step * settings.batch_size, model.positions.device
+    # The facts tell whoever opens the weights how to draw with them: size, guidance, steps, shift.
     facts = run_facts(settings, rows, model.config, samples)
     Pipeline(model, rows.text, rows.image, facts).save(out)  # for sample_t2i.py and Pipeline.open
     losses = validation(model, rows, settings, device, Ranks())  # at t = 0, 1/8, …, 7/8

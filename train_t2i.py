@@ -46,7 +46,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -66,13 +65,15 @@ import rf
 from common import pictures
 from common.evaluate import COLUMNS, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
+from common.muon import use_muon
 from common.pipeline import (
     RUN_FILE,
     Pipeline,
     Record,
     checkpoints,
+    load_shard,
     open_checkpoint,
-    read_averages,
+    rank_of,
     run_facts,
     settle_run,
 )
@@ -176,12 +177,19 @@ class Settings(DataOptions):
     # A larger pass uses a GPU better until its memory is full; the steps stay the same.
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
     most_at_once: int = option(64, "limit of an automatic micro-batch", least=1)
+    # AdamW and Muon share the weights: Muon takes the matrices in the blocks (common/muon.py). The
+    # rates mean different things: AdamW's is how far an entry moves in a step, Muon's how far an
+    # output of a matrix moves. One schedule scales both.
     lr: float = option(
         4e-3, "learning rate at the base width; holds over width", least=0, fixed=True
     )
+    muon_lr: float = option(
+        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0, fixed=True
+    )
     warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
     cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
-    weight_decay: float = option(0.0, "AdamW's, at the base width", least=0, fixed=True)
+    # Decay helps where images are seen in many epochs. Shapes never come twice.
+    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0, fixed=True)
     shift: float = option(
         2.0, "above 1: more training times near the noise", least=0.01, most=100, fixed=True
     )
@@ -197,11 +205,14 @@ class Settings(DataOptions):
         most=1,
         fixed=True,
     )
-    # A step whose gradient is not finite is skipped.
+    # A step whose gradient is not finite is skipped on all ranks: one bad batch must not end a run
+    # of weeks. But weights that have diverged give such gradients for ever.
     max_bad_steps: int = option(20, "skipped steps in a row that end the run", least=1)
 
     # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time
     # until a validation loss is reached measures speed and quality together.
+    # An evaluation draws 6 · eval_prompts pictures, with guidance 12 · eval_prompts · sample_steps
+    # forward passes of one image: at the defaults as much work as 4,000 training samples.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
     cfg: float = option(3.0, "guidance of the pictures", least=-100, most=100)
@@ -341,7 +352,8 @@ def _leave_signals_to_the_trainer(worker: int):
 # Plain data parallelism keeps everything on every rank: for each parameter 2 bytes of bf16 weight,
 # 4 of gradient, 4 of fp32 weight, 8 of Adam's moments, and 8 of two averages, 26 in all. A network
 # of 6.8 billion parameters then needs 178 GB on each GPU. ZeRO-2 (Rajbhandari et al. 2019,
-# 1910.02054) keeps only the bf16 weights on every rank. Each of N ranks owns 1/N of all the rest:
+# 1910.02054) keeps only the bf16 weights on every rank. Each of N ranks owns 1/N of all the rest.
+# (Muon keeps one moment for each of its weights, so for those it is 4 bytes less.)
 #
 #     group     parameters that share a learning rate and decay, laid end to end in one flat row
 #     shard     this rank's 1/N of that row, fp32: what AdamW steps on
@@ -354,6 +366,7 @@ def _leave_signals_to_the_trainer(worker: int):
 #     backward gradients of all weights             gradients of all weights
 #              └─── reduce: the owner of each shard takes the mean of its gradients    ───┘
 #     AdamW    moves the first half                 moves the second half
+#     Muon     needs whole matrices: ranks exchange the pieces of those that are cut
 #              └─── gather: every rank receives all new weights, as bf16 ───┘
 #
 # The averages are split with the moments, because rf.keep_averages makes them states of AdamW. In
@@ -361,6 +374,9 @@ def _leave_signals_to_the_trainer(worker: int):
 # takes its own part of it. That is a quarter more traffic than plain data parallelism; to send each
 # part to its owner alone would be a quarter less. tools/plan.py counts memory and traffic for any
 # number of GPUs and passes.
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -380,6 +396,9 @@ def start_ranks(threads: int | None = None) -> Ranks:
             port = free.getsockname()[1]
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()}
+    lacks = [key for key in LAUNCHED if not os.environ.get(key)]
+    if lacks:
+        raise ValueError(f"the launcher has set RANK, but not {', '.join(lacks)}: see docs/gpu.md")
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
     import deepspeed  # a slow import: only when the options have been read
@@ -387,7 +406,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = local_device()
     if device.type == "cpu":  # two ranks with all cores each would slow each other down
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
     deepspeed.init_distributed(verbose=False)
@@ -526,7 +545,7 @@ def averaged(engine, adamw, width: float):
 
 
 def train_step(run: "Run", batches: Iterator[Batch]):
-    """One step of AdamW on E‖v(x_t, t) − (noise − data)‖², on every rank, each on its share.
+    """One step on E‖v(x_t, t) − (noise − data)‖², on every rank, each on its share.
 
     The same as in chapter 1, with two differences: several passes may add up to one step, and
     DeepSpeed's engine takes the place of model, backward and optimizer. record_function names the
@@ -586,6 +605,9 @@ def train(run: "Run"):
 class Run:
     """All that changes while training: network, optimizer, position, log.
 
+    In chapter 1 these are a handful of arguments. Here evaluations and saves come between the steps
+    and need nearly all of them, so they are kept in one place.
+
     step: number of steps, skipped ones included. seen: number of samples read so far; it determines
     which sample comes next.
     """
@@ -620,10 +642,12 @@ class Run:
         if settings.compile == "on" or (settings.compile == "auto" and cuda):
             model.compile_blocks()  # in place, so the names of the parameters do not change
         # Fused: all weights of a group move in one kernel, not several kernels for each tensor.
-        groups = model.param_groups(settings.lr, settings.weight_decay)
+        # The matrices in the blocks are a group for Muon (common/muon.py).
+        groups = model.param_groups(settings.lr, settings.weight_decay, muon_lr=settings.muon_lr)
         fused = device.type in ("cpu", "cuda")
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
-        rf.keep_averages(self.adamw, EMA_WIDTHS)  # before DeepSpeed takes the optimizer over
+        use_muon(self.adamw)  # both before DeepSpeed takes the optimizer over
+        rf.keep_averages(self.adamw, EMA_WIDTHS)
         # torch's LambdaLR scales the rate of each group. DeepSpeed's WarmupLR, given
         # one number, would give all groups the same rate, and muP would be lost.
         rate = partial(learning_rate, settings)
@@ -631,8 +655,6 @@ class Run:
         # DeepSpeed takes model and optimizer over: it casts the weights to the precision, makes
         # fp32 shards of them, and puts those into the optimizer's groups.
         config = read_ds_config(settings, ranks.count)
-        if record and record["world_size"] != ranks.count:  # load() will repartition the checkpoint
-            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -703,7 +725,8 @@ class Run:
 
     def passed(self, interval: str) -> bool:
         """Whether the last step crossed a multiple of this interval."""
-        # Not `seen % every == 0`: an interval need not be a multiple of the batch.
+        # Not `seen % every == 0`: an interval need not be a multiple of the batch, and then this
+        # would be true for few steps or none.
         every = getattr(self.settings, interval)
         return self.seen // every > (self.seen - self.settings.batch_size) // every
 
@@ -772,16 +795,10 @@ class Run:
         self.requests.saved()
 
     def load(self, path: Path, record: dict):
-        """Put back weights, shards, schedule, counts and log from a checkpoint.
-
-        If another number of ranks wrote it, it is repartitioned first; __init__ has told DeepSpeed
-        to expect that.
-        """
+        """Put back weights, shards, schedule, counts and log from a checkpoint."""
         for file in sorted(path.glob("*.pt"))[self.ranks.rank :: self.ranks.count]:
             intact(file)
-        if record["world_size"] != self.ranks.count:
-            to_universal(path, self.ranks)
-        load_checkpoint(self.engine, self.adamw, path, record["world_size"] != self.ranks.count)
+        load_checkpoint(self.engine, self.adamw, path, self.ranks)
         self.step, self.seen, self.saved_at = record["step"], record["samples"], record["samples"]
         self.evals, self.log.rows = record["evals"], record["log"]
 
@@ -813,15 +830,15 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 #     *zero_pp_rank_*  DeepSpeed's shards of weights, moments and averages (pickles)
 #     mp_rank_*        DeepSpeed's copy of the weights
 #     run.json         settings, facts, position, log: what the trainer itself remembers
-# A checkpoint of N ranks resumes on M: DeepSpeed's universal checkpoint repartitions it (Run.load).
+# A checkpoint of N ranks resumes on M: each takes its part of all shards (load_checkpoint).
 #
-# A resume restores the fp32 weights, AdamW's moments and its counts of steps, the averages, the
+# A resume restores the fp32 weights, the optimizer's moments and counts of steps, the averages, the
 # schedule, the number of samples seen, log and evaluations. Random generators, the order of the
 # data and the loader's place need not be restored: they follow from seed and position. On the same
 # number of ranks the rest of the run is bit-identical (tested on CPUs). On another number the order
 # of sums, and so the rounding, differs.
 
-PARTIAL, UNIVERSAL = "partial", "universal"  # folders beside the checkpoints; safe to delete
+PARTIAL = "partial"  # a folder beside the checkpoints; safe to delete
 
 
 def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks):
@@ -881,56 +898,51 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def to_universal(path: Path, ranks: Ranks):
-    """Repartition a checkpoint for another number of ranks: DeepSpeed's universal checkpoint.
+def load_checkpoint(engine, adamw, path: Path, ranks: Ranks):
+    """Weights, moments, averages and schedule from a checkpoint of any number of ranks.
 
-    It holds one file for each parameter and state, from which any number of ranks can take its
-    shards. It is as large as the checkpoint, and is deleted when it has been loaded.
+    The shards of a group, laid end to end in the order of the ranks that wrote them, are the
+    group's row. This rank copies the part that is its shard now. The files are mapped into memory,
+    so it reads little more than that. ValueError if the checkpoint is damaged.
     """
-    target = path.parent / UNIVERSAL
-    # The converter runs as a program of its own: it reads DeepSpeed's pickles with all their
-    # classes and starts processes, neither of which belongs into a trainer.
-    failed = torch.zeros(1)  # broadcast below, or the other ranks would wait for ever
-    if ranks.rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", path, "--output_folder", target / path.name]
-        done = subprocess.run(
-            [*map(str, command), "--inject_missing_state"], capture_output=True, text=True
-        )
-        if done.returncode:
-            print(done.stdout, done.stderr, file=sys.stderr)
-            failed += 1
-        else:  # the converter writes Adam's states only; DeepSpeed also reads others
-            for name in map(rf.average_name, EMA_WIDTHS):
-                for parameter, average in read_averages(path, [name])[name].items():
-                    file = target / path.name / "zero" / parameter / f"{name}.pt"
-                    torch.save({"param": average}, file)
-    dist.broadcast(failed, 0, group=ranks.group)
-    if failed:
-        raise OSError(
-            f"{path} could not be made universal; resume on the number of ranks that wrote it"
-        )
-
-
-def load_checkpoint(engine, adamw, path: Path, universal: bool):
-    """Weights, moments, averages and schedule from a checkpoint, or its universal one."""
-    where = path.parent / UNIVERSAL if universal else path.parent
     try:
-        loaded, _ = engine.load_checkpoint(str(where), tag=path.name)
+        loaded, _ = engine.load_checkpoint(
+            str(path.parent), tag=path.name, load_optimizer_states=False
+        )
+        files = sorted(path.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of)
+        saved = [load_shard(file, checked=False)["optimizer_state_dict"] for file in files]
+        for i, group in enumerate(adamw.param_groups):
+            (shard,) = group["params"]  # fp32
+            states = [each["base_optimizer_state"]["state"][i] for each in saved]
+            mine = partial(part_of_row, first=ranks.rank * len(shard), size=len(shard))
+            shard.data.copy_(mine([each["single_partition_of_fp32_groups"][i] for each in saved]))
+            adamw.state[shard] = {
+                name: (x.clone() if x.ndim == 0 else mine([s[name] for s in states])).to(shard)
+                for name, x in states[0].items()
+            }
+            # rates, and "updates", the averages' count
+            written = saved[0]["base_optimizer_state"]["param_groups"][i]
+            group |= {key: value for key, value in written.items() if key != "params"}
+            group["updates"]  # without it the averages would start again
     except Exception as error:  # of torch, for a file that is cut or has changed
         raise ValueError(
             f"{path} is damaged ({line_of(error)}): move it away, and --resume takes the one before"
         ) from error
-    # DeepSpeed only warns if it finds nothing. Without "updates" the averages would start again.
-    if loaded is None or any("updates" not in group for group in adamw.param_groups):
+    if loaded is None:  # DeepSpeed only warns if it finds nothing
         raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
-    for parameter, state in adamw.state.items():
-        state["step"] = state["step"].to(parameter.device)  # universal loads it onto the CPU
-    if universal:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(where)
+    engine.optimizer.update_lp_params()  # fp32 shards → the network's weights, on every rank
+
+
+def part_of_row(pieces: list[torch.Tensor], first: int, size: int) -> torch.Tensor:
+    """Elements first … first + size − 1 of the row that the pieces make, end to end. DeepSpeed pads
+    a row, so that all shards are equally long: beyond its end lie zeros."""
+    part, begin = torch.zeros(size), 0
+    for piece in pieces:
+        low, high = max(first, begin), min(first + size, begin + len(piece))
+        if low < high:
+            part[low - first : high - first] = piece[low - begin : high - begin]
+        begin += len(piece)
+    return part
 
 
 def launch(typed: dict):

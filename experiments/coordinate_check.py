@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import rf
+from common.muon import use_muon
 from common.pictures import save_figure
 from common.settings import Options, option, parse
 from common.start import program
@@ -28,10 +29,11 @@ from mmdit import PRESETS, RESIDUALS, DoubleBlock, Linear, MMDiT, MMDiTConfig, S
 from train_mnist import BETAS, CLIP, EPS
 
 WIDTHS = (64, 128, 256, 512)
-PARAMETRIZATIONS = ("standard", "mup")
+PARAMETRIZATIONS = ("standard", "mup", "muon")  # muon: mup, with Muon for the hidden matrices
 STEPS = (1, 2, 4, 8)  # after which the activations are looked at
 SEEDS = 2  # initialisations that are averaged
 LR = 0.004  # large: twice as much and the standard parametrisation explodes
+MUON_LR = 0.02
 
 
 def shape(width: int, residual: str = "prenorm", double: int = 0) -> MMDiTConfig:
@@ -51,8 +53,10 @@ def measure(config: MMDiTConfig, parametrization: str, lr: float = LR, seed: int
     """
     torch.manual_seed(seed)
     model = MMDiT(config)
-    groups = model.param_groups(lr, parametrization=parametrization)
-    adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+    muon = {"parametrization": "mup", "muon_lr": MUON_LR}
+    how = muon if parametrization == "muon" else {"parametrization": parametrization}
+    adamw = torch.optim.AdamW(model.param_groups(lr, **how), betas=BETAS, eps=EPS)
+    use_muon(adamw)
     images, generator = glyphs(48), torch.Generator().manual_seed(0)
     text = Words(images.classes).expand(images.labels)
     data = to_unit(images.images)[..., 6:22, 6:22]
@@ -91,7 +95,7 @@ def plot(sizes: pd.DataFrame, path: Path):
     """Mean |x| against width after the last step, a line an activation."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for axis, name in zip(axes, PARAMETRIZATIONS, strict=True):
         last = sizes[name, max(STEPS)]
         title = f"{name}: worst slope {slopes(last).abs().max():.2f}"

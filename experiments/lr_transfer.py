@@ -4,11 +4,11 @@
     python -m experiments.lr_transfer --dataset mnist --seeds 3         or --data-dir DIR
     python -m experiments.lr_transfer --dataset shapes --steps 1000
 
-Left the standard parametrisation, right the maximal-update one (muP, Tensor Programs V,
-2203.03466), as in AuraFlow's post. Under muP the best rate of the narrowest network is the best
-one of all; under the standard one it falls as the network widens. A cell (parametrisation, width,
-rate, seed) that is in the CSV is not run again: stop at any time, add seeds, rates or widths, and
-start once more.
+Left the standard parametrisation, in the middle the maximal-update one (muP, Tensor Programs V,
+2203.03466), as in AuraFlow's post, right muP with Muon for the hidden matrices (common/muon.py).
+Under muP the best rate of the narrowest network is the best one of all; under the standard one it
+falls as the network widens. A cell (parametrisation, width, rate, seed) that is in the CSV is not
+run again: stop at any time, add seeds, rates or widths, and start once more.
 """
 
 import csv
@@ -27,6 +27,7 @@ from tqdm import tqdm
 import rf
 import train_mnist
 from common.log import append_row
+from common.muon import use_muon
 from common.pictures import save_figure
 from common.settings import Options, option, parse
 from common.start import choose_device, program
@@ -34,7 +35,7 @@ from inputs.encoders import Pixels
 from inputs.rows import open_rows
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 
-PARAMETRIZATIONS = ("standard", "mup")
+PARAMETRIZATIONS = ("standard", "mup", "muon")  # muon: mup, with Muon for the hidden matrices
 WIDTHS = [32, 64, 128, 256]
 RATES = [0.001 * 2**i for i in range(7)]  # 0.001 … 0.064 at the smallest width
 VALIDATION = 512  # held-out rows that are asked
@@ -108,8 +109,15 @@ def train(config: MMDiTConfig, data: Data, parametrization: str = "mup", **how) 
     settings, rows, device = replace(data.settings, **how), data.rows, data.device
     torch.manual_seed(settings.seed)
     model = MMDiT(config).to(device)
-    groups = model.param_groups(settings.lr, parametrization=parametrization)
+    # Muon's rate follows AdamW's, as in the trainers' defaults.
+    default, muon = train_mnist.Settings, parametrization == "muon"
+    groups = model.param_groups(
+        settings.lr,
+        parametrization="mup" if muon else parametrization,
+        muon_lr=settings.lr * default.muon_lr / default.lr if muon else 0,
+    )
     adamw = torch.optim.AdamW(groups, betas=train_mnist.BETAS, eps=train_mnist.EPS)
+    use_muon(adamw)
     for group in adamw.param_groups:
         group["base_lr"] = group["lr"]
     generator = torch.Generator(device)
@@ -143,7 +151,7 @@ def plot(means: pd.DataFrame, path: Path):
     """means: losses, a row a parametrisation and width, a column a rate. Stars are the best."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     lowest, label = means.min(axis=None), "learning rate at the first width"
     for axis, name in zip(axes, PARAMETRIZATIONS, strict=True):
         curves = means.loc[name].T

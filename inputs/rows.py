@@ -391,9 +391,6 @@ def checksum(*parts) -> int:
     return total % 2**63
 
 
-WORDS = ("captions", "t_index")  # columns whose checksum is that of the image
-
-
 def words_of(captions: list, t_index: int) -> bytes:
     return repr((captions, t_index)).encode()
 
@@ -565,56 +562,52 @@ class PreparedFolder(Source):
     def broken(self, path: Path, error) -> ValueError:
         return ValueError(f"{path} is broken ({error}): delete it and its .json, prepare again")
 
-    def cell(self, row: int, column: str):
+    def find(self, row: int) -> tuple[dict, int, Range]:
+        """The columns of the chunk that holds a row, its place there, and its range."""
         k = int(np.searchsorted(self.firsts, row, side="right")) - 1
-        return self.table(self.ranges[k].chunk)[column][self.ranges[k].first + row - self.firsts[k]]
+        r = self.ranges[k]
+        return self.table(r.chunk), r.first + int(row - self.firsts[k]), r
 
-    def whole(self, row: int, place: int, *parts):
-        """ValueError unless the parts of a row are as they were written: damage must not train."""
-        if checksum(*parts) != self.cell(row, "checks")[place].as_py():
-            k = int(np.searchsorted(self.firsts, row, side="right")) - 1
-            path = self.path(self.ranges[k].chunk)
-            raise self.broken(path, f"row {self.cell(row, 'row')} has changed")
+    def stored_row(self, row: int, u: float) -> tuple[Tensor, memoryview | bytes]:
+        """What is stored of an image, and the packed text of one of its captions.
 
-    def picture(self, row: int) -> Tensor:
-        """What is stored of an image: uint8 (3, H, W), or fp16 (2, C, h, w), the mean and the
-        log-variance of its latent, or (1, C, h, w), a latent alone."""
-        r = self.ranges[int(np.searchsorted(self.firsts, row, side="right")) - 1]
-        pixels, latent = (3, r.height, r.width), self.sides(r.height, r.width)
-        stored, dtype = (-1, self.stored["channels"], *latent), np.float16
+        The image: uint8 (3, H, W), or fp16 (2, C, h, w), the mean and the log-variance of its
+        latent, or (1, C, h, w), a latent alone. The caption: one that is not empty; u in [0, 1)
+        picks it by the captions' weights. Mixing long and short captions keeps a model good at
+        both. ValueError if the row is not as it was written: damage must not train.
+        """
+        columns, i, r = self.find(row)
+        captions, checks = columns["captions"][i].as_py(), columns["checks"][i].as_py()
+        buffer, text = columns["image"][i].as_buffer(), self.null_blob
+        fine = checks[0] == checksum(buffer, words_of(captions, columns["t_index"][i].as_py()))
+        present = [k for k, caption in enumerate(captions) if caption]
+        if present:
+            steps = np.cumsum(self.weights[present])
+            k = present[int(np.searchsorted(steps, u * steps[-1], side="right"))]
+            text = columns["text"][i].values[k].as_buffer()
+            fine = fine and checks[1 + k] == checksum(text)
+        if not fine:
+            raise self.broken(self.path(r.chunk), f"row {columns['row'][i]} has changed")
+        shape, dtype = (-1, self.stored["channels"], *self.sides(r.height, r.width)), np.float16
         if self.stored["kind"] == "pixels":
-            stored, dtype = pixels, np.uint8
-        buffer = self.cell(row, "image").as_buffer()
-        self.whole(row, 0, buffer, words_of(*(self.cell(row, c).as_py() for c in WORDS)))
-        values = np.frombuffer(buffer, dtype)
-        return torch.from_numpy(values.reshape(stored).copy())
-
-    def features(self, row: int, u: float):
-        """The packed text of one of the captions that are not empty; u in [0, 1) picks it by the
-        captions' weights. Mixing long and short captions keeps a model good at both."""
-        captions, blobs = self.cell(row, "captions").as_py(), self.cell(row, "text").values
-        present = [i for i, caption in enumerate(captions) if caption]
-        if not present:
-            return self.null_blob
-        steps = np.cumsum(self.weights[present])
-        i = present[int(np.searchsorted(steps, u * steps[-1], side="right"))]
-        buffer = blobs[i].as_buffer()
-        self.whole(row, 1 + i, buffer)
-        return buffer
+            shape, dtype = (3, r.height, r.width), np.uint8
+        return torch.from_numpy(np.frombuffer(buffer, dtype).reshape(shape).copy()), text
 
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Ragged]:
         us = [0.0] * len(rows)
         if positions is not None and len(self.weights) > 1:
             us = rf.uniform_at(self.seed, "caption", positions)
-        features = [self.features(row, u) for row, u in zip(rows, us, strict=True)]
-        return torch.stack([self.picture(row) for row in rows]), self.format.join(features)
+        images, texts = zip(*map(self.stored_row, rows, us), strict=True)
+        return torch.stack(images), self.format.join(texts)
 
     def captions(self, rows: np.ndarray) -> list[str]:
-        every = (self.cell(row, "captions").as_py() for row in rows)
+        found = (self.find(row) for row in rows)
+        every = (columns["captions"][i].as_py() for columns, i, _ in found)
         return [next((c for c in captions if c), "") for captions in every]
 
     def t_index(self, rows: np.ndarray, numbers) -> Tensor:
-        return torch.tensor([self.cell(row, "t_index").as_py() for row in rows])
+        found = (self.find(row) for row in rows)
+        return torch.tensor([columns["t_index"][i].as_py() for columns, i, _ in found])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -677,6 +670,18 @@ def pairs_check(states: Tensor, captions: list[str]) -> int:
     return checksum(states.numpy().reshape(-1).view(np.uint8), json.dumps(captions).encode())
 
 
+def read_pairs(path: Path) -> tuple[Tensor, list[str]]:
+    """A chunk of pairs: states fp16, mapped into memory, and captions. ValueError if broken."""
+    try:
+        file = safe_open(path, "pt")
+        about, states = json.loads(file.metadata()["about"]), file.get_tensor("states")
+        if about["check"] != pairs_check(states, about["captions"]):
+            raise ValueError("it has changed")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is broken ({error}): run tools.pairs again") from error
+    return states, about["captions"]
+
+
 class PairsFolder(Source):
     """A folder of tools.pairs: states of paths from noise to data, made by a model, for reflow.
 
@@ -717,16 +722,7 @@ class PairsFolder(Source):
     def chunk(self, i: int) -> tuple[Tensor, list[str]]:
         """states (N, K + 1, C, h, w) fp16, mapped into memory, and captions."""
         if i not in self.tables:
-            try:
-                file = safe_open(self.files[i], "pt")
-                about, states = json.loads(file.metadata()["about"]), file.get_tensor("states")
-                if about["check"] != pairs_check(states, about["captions"]):
-                    raise ValueError("it has changed")
-                self.tables[i] = states, about["captions"]
-            except (SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.files[i]} is broken ({error}): delete it, and run tools.pairs again"
-                ) from error
+            self.tables[i] = read_pairs(self.files[i])
         return self.tables[i]
 
     def _read(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:

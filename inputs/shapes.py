@@ -470,9 +470,22 @@ def obeyed(pictures, prompts: list[tuple[Meaning, str]]) -> list[bool]:
 
 
 def scores(prompts: list[tuple[Meaning, str]], obeys: list[bool]) -> dict[str, float]:
-    """The share of obedient pictures of each tag, and the mean of the six."""
-    shares = {
-        tag: float(np.mean([o for (m, _), o in zip(prompts, obeys, strict=True) if m.tag == tag]))
-        for tag in TAGS
-    }
-    return shares | {"mean": sum(shares.values()) / len(TAGS)}
+    """The share of obedient pictures of each tag, and the mean of the six.
+
+    Then, of "colors" and "color_attr", which ask for a colour of each shape: the share where
+    training has seen all these pairs, and where it has not. A gap between the two is missing
+    composition; low shares of both are missing training. NaN where nothing is asked.
+    """
+    meanings = [meaning for meaning, _ in prompts]
+
+    def share(chosen: list[bool]) -> float:
+        found = [o for o, c in zip(obeys, chosen, strict=True) if c]
+        return float(np.mean(found)) if found else float("nan")
+
+    shares = {tag: share([m.tag == tag for m in meanings]) for tag in TAGS}
+    shares["mean"] = sum(shares.values()) / len(TAGS)
+    paired = [m.tag in ("colors", "color_attr") for m in meanings]
+    unseen = [any(held_out_pair(g.shape, g.color) for g in m.groups) for m in meanings]
+    shares["seen_pairs"] = share([p and not u for p, u in zip(paired, unseen, strict=True)])
+    shares["unseen_pairs"] = share([p and u for p, u in zip(paired, unseen, strict=True)])
+    return shares

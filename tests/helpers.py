@@ -73,6 +73,12 @@ def opened(*data, stage=None, **typed):
     return settle_run(train_t2i.Settings, typed, {}, "cpu", lambda preset: {}, stage)
 
 
+def first_gradient(states):
+    """Of a run's first step, from the moments of Adam and of Muon."""
+    parts = [s["momentum"] * 20 if "momentum" in s else s["exp_avg"] * 10 for s in states]
+    return torch.cat([part.flatten() for part in parts])
+
+
 def call(main, *args):
     return main([str(arg) for arg in args])
 

@@ -109,7 +109,7 @@ def test_true_pictures_score_one_and_others_do_not():
     noise = fixed_noise(settings.seed, range(36), (3, 20, 20))
     assert len(frames) == 3 and torch.equal(frames[0], to_bytes(noise[shown]))
     assert torch.equal(frames[-1], true[shown])
-    assert list(scores) == [*TAGS, "mean"] and scores["mean"] > 0.98
+    assert list(scores)[:7] == [*TAGS, "mean"] and scores["mean"] > 0.98
     _, scores = drawn(painter(text, true.roll(6, 0)), rows, wanted, settings)
     assert scores["mean"] < 0.25
 

@@ -66,12 +66,12 @@ def test_explain_counts_every_parameter_once_and_scales_it(preset):
 )
 def test_both_trainers_follow_the_table(tmp_path, main, options, lr):
     """The groups of AdamW as a run of one step saved them."""
-    options += " --lr 0.01 --weight-decay 0.1 --batch-size 64 --sample-steps 1 --out"
+    options += " --lr 0.01 --muon-lr 0.02 --weight-decay 0.1 --batch-size 64 --sample-steps 1 --out"
     call(main, *options.split(), tmp_path)
     (file,) = [*tmp_path.glob("checkpoint.pt"), *tmp_path.rglob("*_optim_states.pt")]
     state = load_shard(file)
     adamw = state.get("adamw") or state["optimizer_state_dict"]["base_optimizer_state"]
-    expected = load_model(tmp_path).param_groups(0.01, 0.1)
+    expected = load_model(tmp_path).param_groups(0.01, 0.1, muon_lr=0.02)
     found = [(group[lr], group["weight_decay"]) for group in adamw["param_groups"]]
     assert found == [(group["lr"], group["weight_decay"]) for group in expected]
     assert len(found) > 2

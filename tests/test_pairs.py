@@ -1,6 +1,7 @@
 """tools/pairs.py and the rows that its folders are: what is written, what a run takes from them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,13 +67,18 @@ def test_a_command_goes_on_and_a_greater_number_adds_chunks(home, tmp_path, caps
     first = out / "00000.safetensors"
     before = first.stat().st_mtime_ns
     make(home / "digits", out, "--number", 35)
+    assert first.stat().st_mtime_ns == before
+    first.write_bytes(first.read_bytes()[:-9])  # cut: it is made again
     (out / "00001.safetensors").unlink()
     with pytest.raises(ValueError, match="is not finished, 1 of 4 chunks are missing: run its"):
         PairsFolder(str(out))
     make(home / "digits", out, "--number", 35)
-    assert first.stat().st_mtime_ns == before
     wanted, found = ({f.name: f.read_bytes() for f in x.iterdir()} for x in (whole, out))
     assert found == wanted and len(found) == 6
+    (tmp_path / "none").mkdir()  # refused before its first chunk: it blocks no corrected command
+    for name in ("made_by.txt", "pairs.json"):
+        shutil.copy(out / name, tmp_path / "none")
+    make(home / "digits", tmp_path / "none", "--number", 7, "--cfg", 3)
     for options, other in (
         (["--number", 30], "number 35 there, 30 here"),
         (["--number", 40], "number 35 there, 40 here"),  # the last chunk is not full
@@ -126,5 +132,5 @@ def test_broken_pairs_say_what_to_do(home, tmp_path):
     (out / "00000.safetensors").write_bytes(b"no safetensors")
     save_file({"states": torch.zeros(10)}, out / "00001.safetensors")  # without captions
     for chunk in (0, 1):
-        with pytest.raises(ValueError, match=r"is broken .*: delete it, and run tools.pairs again"):
+        with pytest.raises(ValueError, match=r"is broken .*: run tools.pairs again"):
             PairsFolder(str(out)).chunk(chunk)

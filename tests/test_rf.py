@@ -54,8 +54,12 @@ RULES = {
     "50 must be a multiple": lambda: rf.reflow_states(gaussian, X, X, segments=3),
     "segments = 3 must divide the 4": lambda: rf.line(X, X, X, segments=3),
     "segments = 2 must divide the 0": lambda: rf.line(X[:, :1], X, X, segments=2),
+    "segments = 3 must divide the 4 of": lambda: rf.line_at(X, X, X[0], segments=3),
     "needs segments = 1": lambda: rf.line(X, X, X[0], segments=4, beta=0.1),
     r"0\.3 must lie in \[0\.001, 0\.2887\)": lambda: rf.gamma_from_sigma_rel(0.3),
+    "no average 'ema_0.10' is kept": lambda: rf.exchange_averages(
+        torch.optim.AdamW([X[0].clone()]), "ema_0.10"
+    ),
     "after the last": lambda: rf.posthoc_coefficients([(10, 0.1)], 11, 0.1),
 }
 

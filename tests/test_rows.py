@@ -29,7 +29,7 @@ import rf
 from common.evaluate import Ranks
 from inputs import digits
 from inputs.encoders import HashText, TextFormat
-from inputs.rows import FAILED, Copier, PreparedFolder, Range, WindowOrder
+from inputs.rows import FAILED, Copier, PreparedFolder, Range, WindowOrder, row_checks
 from inputs.shapes import Shapes, World
 from tools import pairs
 from train_t2i import loader
@@ -243,9 +243,11 @@ def test_captions_are_drawn_by_weight_or_dropped(home, tmp_path):
     padded = torch.cat([null, torch.zeros(6, 128)])
     blob = base64.b64encode(TextFormat(8, 128).pack(null)).decode()
     _, rows = opened(edited(home / "prepared", tmp_path / "data", null_text=blob), batch_size=2000)
-    rows.sources[0].whole = lambda *parts: None
-    table = rows.sources[0].table(2)
-    table["captions"] = pa.array([["", None]] * len(table["captions"]))
+    table, empty = rows.sources[0].table(2), ["", None]
+    table["captions"] = pa.array([empty] * len(table["captions"]))
+    stored = zip(table["image"], table["t_index"], strict=True)
+    checks = [row_checks(x.as_buffer(), empty, [], t.as_py()) for x, t in stored]
+    table["checks"] = pa.array(checks)
     silent = {image.as_py() for image in table["image"]}
     batch, known, chosen = rows.draw(range(2000), 0), training(home, "prepared"), Counter()
     texts = rows.features(batch.text, "cpu", batch.dropped)

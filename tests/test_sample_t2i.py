@@ -62,8 +62,10 @@ def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
         assert re.search(rf"{home / run}(, of World.* must be| was not trained on shapes)", said)
 
 
-def test_the_network_is_exported(home, tmp_path):
-    call(main, home / "shapes", "--export", "weights", tmp_path)
+def test_the_network_is_exported(home, tmp_path, capsys):
+    export = [home / "shapes", "--export", "weights", tmp_path]
+    call(main, *export)
+    assert "holds an export already: choose a new folder" in refused(main, capsys, *export)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (home / "shapes" / name).read_bytes()
     run = exported(tmp_path / "run", SHAPES | {"residual": "auraflow", "patch_size": 2})

@@ -170,8 +170,11 @@ def test_true_pictures_score_one_and_exchanged_ones_do_not():
     drawn = [shapes.render(shapes.draw_scene(m, rng, TINY), TINY.size, rng) for m, _ in prompts]
     pictures = torch.from_numpy(np.stack(drawn))
     result = shapes.scores(prompts, shapes.obeyed(pictures, prompts))
-    assert list(result) == [*TAGS, "mean"] and result["mean"] > 0.98
+    assert list(result) == [*TAGS, "mean", "seen_pairs", "unseen_pairs"] and result["mean"] > 0.98
     exchanged = shapes.scores(prompts, shapes.obeyed(pictures.roll(20, 0), prompts))
     assert exchanged["mean"] < 0.25  # pictures of another tag
     result = shapes.scores(prompts, [True] * 30 + [False] * 90)
     assert [result[tag] for tag in ("single_object", "two_object", "mean")] == [1, 0.5, 0.25]
+    unseen = [any(shapes.held_out_pair(g.shape, g.color) for g in m.groups) for m, _ in prompts]
+    result = shapes.scores(prompts, [not u for u in unseen])
+    assert 0 < sum(unseen) < 120 and [result[k] for k in ("seen_pairs", "unseen_pairs")] == [1, 0]

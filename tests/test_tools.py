@@ -131,8 +131,8 @@ def test_geneval_gets_its_folders_and_goes_on_where_it_stopped(run, metadata, tm
     (enhanced,) = out.rglob("enhanced.txt")  # of the last row
     assert enhanced.read_text() == "three circles at dawn"
     made = [file.stat().st_mtime_ns for file in files]
-    for lost in (2, 9):
-        files[lost].unlink()
+    files[2].unlink()
+    files[9].write_bytes(files[9].read_bytes()[:-9])  # cut
     call(geneval.main, *command)  # in batches of another size
     again = [file.stat().st_mtime_ns for file in files]
     assert [i for i in range(12) if again[i] != made[i]] == [2, 9]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import call, full_disk, records, refused
+from helpers import call, first_gradient, full_disk, records, refused
 from host_reads import HostReads
 from PIL import Image
 from test_digits import write_mnist
@@ -66,8 +66,9 @@ def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
     (row,) = records(done / "eval.csv")
     losses = [float(row[f"loss_t{i}/8"]) for i in range(8)]
     assert row["samples"] == "240" and float(row["loss"]) == pytest.approx(sum(losses) / 8)
-    averages = [state["ema_0.05"] for state in checkpoint(done)["adamw"]["state"].values()]
-    groups = Pipeline.open(done).model.param_groups(1.0)
+    states = checkpoint(done)["adamw"]["state"]
+    averages = [states[i]["ema_0.05"] for i in sorted(states)]
+    groups = Pipeline.open(done).model.param_groups(1.0, muon_lr=1.0)
     exported = [weight for group in groups for weight in group["params"]]
     assert all(map(torch.equal, exported, averages)) and len(exported) == len(averages)
     assert not torch.equal(exported[0], next(iter(checkpoint(done)["model"].values())))
@@ -89,12 +90,13 @@ def test_glyphs_come_from_the_seed_of_the_run(run, tmp_path, monkeypatch):
 
 
 def test_a_step_clips_the_gradient_and_each_group_has_its_rate(run, tmp_path):
-    """Adam's first moment is a tenth of the gradient, which is clipped to 1."""
-    run(tmp_path, "--steps", 1, "--lr", 0.01, "--loss", "pseudo_huber")
+    """Adam's first moment is a tenth of the gradient, Muon's a twentieth; it is clipped to 1."""
+    how = ["--steps", 1, "--lr", 0.01, "--muon-lr", 0.02]
+    run(tmp_path, *how, "--loss", "pseudo_huber")
     adamw = checkpoint(tmp_path)["adamw"]
-    moments = torch.cat([state["exp_avg"].flatten() for state in adamw["state"].values()])
-    assert moments.norm().item() == pytest.approx(0.1, rel=1e-3)
-    rates = [group["lr"] / 5 for group in Pipeline.open(tmp_path).model.param_groups(0.01)]
+    assert first_gradient(adamw["state"].values()).norm().item() == pytest.approx(1, rel=1e-3)
+    groups = Pipeline.open(tmp_path).model.param_groups(0.01, muon_lr=0.02)
+    rates = [group["lr"] / 5 for group in groups]
     assert [group["lr"] for group in adamw["param_groups"]] == pytest.approx(rates)
     assert len(rates) > 1  # muP
 

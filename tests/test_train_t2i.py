@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPES, call, close, exported, full_disk, opened, records, refused, t2i
+from helpers import (
+    SHAPES,
+    call,
+    close,
+    exported,
+    first_gradient,
+    full_disk,
+    opened,
+    records,
+    refused,
+    t2i,
+)
 from safetensors.torch import load_file, save_file
 from test_digits import write_mnist
 from test_pairs import make
@@ -89,14 +100,15 @@ def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
 
 
 def test_a_step_clips_the_gradient_and_each_group_has_its_rate(few, tmp_path):
-    """Adam's first moment is a tenth of the gradient, which is clipped to 1."""
+    """Adam's first moment is a tenth of the gradient, Muon's a twentieth; it is clipped to 1."""
     how = ["--save-every-samples", 4, "--keep", 5, "--lr", 0.01, "--loss", "pseudo_huber"]
+    how += ["--muon-lr", 0.02]
     path, *_ = checkpoints(train(tmp_path, *few, *how) / "checkpoints")
     (file,) = path.glob("*zero_pp_rank_*_optim_states.pt")
     adamw = load_shard(file)["optimizer_state_dict"]["base_optimizer_state"]
-    moments = torch.cat([state["exp_avg"] for state in adamw["state"].values()])
-    assert moments.norm().item() == pytest.approx(0.1, rel=1e-3)
-    rates = [group["lr"] / 2 for group in Pipeline.open(path).model.param_groups(0.01)]
+    assert first_gradient(adamw["state"].values()).norm().item() == pytest.approx(1, rel=1e-3)
+    groups = Pipeline.open(path).model.param_groups(0.01, muon_lr=0.02)
+    rates = [group["lr"] / 2 for group in groups]
     assert [group["lr"] for group in adamw["param_groups"]] == rates and len(rates) > 1
 
 
@@ -194,9 +206,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, cap
 
 
 def test_a_run_from_another_at_a_larger_size(done, tmp_path):
-    """With --lr 0 the weights stay those it started with. A resumed run needs the first no more."""
+    """At rates of 0 the weights stay those it started with. A resume needs the first no more."""
     first = shutil.copytree(done, tmp_path / "first")
-    out = train(tmp_path / "run", "--init", first, "--size", 24, "--samples", 4, "--lr", 0)
+    how = ["--init", first, "--size", 24, "--samples", 4, "--lr", 0, "--muon-lr", 0]
+    out = train(tmp_path / "run", *how)
     shutil.rmtree(first)
     call(t2i, "--resume", "--threads", 1, "--out", out)
     large, small = Pipeline.open(out), Pipeline.open(done)
@@ -280,6 +293,11 @@ def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert "several Slurm tasks without RANK: see the srun line" in refused(t2i, capsys)
+    monkeypatch.setenv("RANK", "0")
+    wanted = "the launcher has set RANK, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    assert wanted in refused(t2i, capsys)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
 

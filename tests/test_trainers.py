@@ -143,7 +143,7 @@ def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, tr
     data = "shapes" if "normal" in how else home / "pairs-t2i"
     for program in (train_mnist, train_t2i):
         monkeypatch.setattr(program, "LOG_EVERY", 1)
-    given = ["--init", first, "--data", data, "--lr", 0, "--out", tmp_path]
+    given = ["--init", first, "--data", data, "--lr", 0, "--muon-lr", 0, "--out", tmp_path]
     call(TRAINERS[trainer][0], *options(trainer, 4, 8), *given, *how.split())
     settings, rows = opened(data, batch_size=4, seed=3)
     model = Pipeline.open(first).model

@@ -39,7 +39,8 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
         "rows": zlib.crc32(json.dumps(rows).encode()),
     }
     out, begun = args.out, args.out / "settings.json"
-    if begun.exists() and read_json(begun) != settings:
+    drawn = {file for file in out.glob("*/samples/*.png") if file.read_bytes()[-8:-4] == b"IEND"}
+    if drawn and read_json(begun) != settings:
         raise ValueError(f"--out {out} was begun with {read_json(begun)}: choose another --out")
     mark(out, "tools.geneval")
     write_whole(begun, json.dumps(settings).encode())
@@ -53,7 +54,7 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
         write_whole(folder / "metadata.jsonl", json.dumps(row).encode())
         for i in range(args.images):
             file = folder / "samples" / f"{i:04d}.png"
-            if not file.exists():
+            if file not in drawn:  # or it is cut
                 missing.append((file, prompt, k * args.images + i))
     batch = args.batch or (8 if args.auraflow else 128)  # of a bar, and at most at a time
     for first in tqdm(range(0, len(missing), batch), unit="batch"):

@@ -26,7 +26,7 @@ import rf
 from common.pipeline import Pipeline, Sampling
 from common.settings import option, parse, read_json
 from common.start import claim, mark, program, read_lines, write_whole
-from inputs.rows import SCHEMA, PairsHeader, pairs_check
+from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
 from inputs.shapes import TAGS, World, draw_caption
 
 WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
@@ -79,7 +79,8 @@ def begin_folder(out: Path, about: dict):
     A greater number adds chunks to those that are there, if they are all full.
     """
     path = out / "pairs.json"
-    older = read_json(path, PairsHeader) if path.exists() else about
+    begun = path.exists() and any(out.glob("*.safetensors"))
+    older = read_json(path, PairsHeader) if begun else about
     grown = older["number"] % older["chunk"] == 0 and about["number"] > older["number"]
     if about != older | ({"number": about["number"]} if grown else {}):
         differs = [
@@ -88,6 +89,15 @@ def begin_folder(out: Path, about: dict):
         raise ValueError(f"--out {out} holds other pairs ({'; '.join(differs)}): choose another")
     mark(out, "tools.pairs")
     write_whole(path, json.dumps(about, indent=1).encode())
+
+
+def whole(file: Path) -> bool:
+    """Whether a chunk is there as it was written; a broken one is made again."""
+    try:
+        read_pairs(file)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def main(argv: list[str] | None = None):
     with bar:
         for i in range(-(-args.number // args.chunk)):
             file = args.out / f"{i:05d}.safetensors"
-            if file.exists():
+            if whole(file):
                 rows = min(args.chunk, args.number - i * args.chunk)
                 bar.initial += rows  # made before: the speed leaves it out
                 bar.update(rows)

@@ -7,7 +7,8 @@ bucket (ds_config.json). ZeRO-2 (1910.02054, section 5.2) keeps on each GPU, in 
 
     weights       b·N
     gradients     4·N/W    fp32, while they add up
-    optimizer     12·N/W   fp32 weights, Adam's two moments
+    optimizer     4·N/W    fp32 weights
+    moments       8·N/W    Adam's two, fp32; 4 for the M weights that Muon moves (common/muon.py)
     averages      8·N/W    two fp32 states beside Adam's (rf.keep_averages)
     reduction     2·B + 6·min(B, N) in bf16, 4·B + 4·min(B, N) in fp32: the bucket, and copies of
                   what is in it (flattened, then widened to fp32)
@@ -15,7 +16,8 @@ bucket (ds_config.json). ZeRO-2 (1910.02054, section 5.2) keeps on each GPU, in 
                   tensors without storage, not compiled; compiled blocks keep about a fifth less
 
 Not counted: CUDA, NCCL and cuBLAS (2 to 3 GiB), the gradients of the block under way (b times its
-weights), the text encoder and the VAE. On disk, a prepared image takes 4·C·h·w bytes (mean and
+weights), the text encoder and the VAE, and the about 20·M/W bytes with which Muon works when the
+activations are gone. On disk, a prepared image takes 4·C·h·w bytes (mean and
 log-variance of its latent in fp16) and 2·E bytes for each token of its text.
 
 FLOPs are matrix products; training on an image costs three forward passes (mmdit.flops_per_image).
@@ -25,7 +27,9 @@ to every GPU and costs twice the bytes, else to its owner alone. So each GPU sen
 
     (W − 1)/W · (passes · (8 or 4)·N + b·N)   bytes a step
 
-and computes nothing meanwhile ("overlap_comm": false): the two times add up. NCCL's large
+Muon adds products of its own: for a matrix of r ≤ c rows and columns 5·(4·r²·c + 2·r³) FLOPs a
+step, on the GPU that owns it, and on both if two own a part. It sends only such cut matrices.
+A GPU computes nothing while it sends ("overlap_comm": false): the two times add up. NCCL's large
 collectives reach about 350 GB/s over NVLink, and between machines with a 400 Gb/s card for each
 GPU; about 45 GB/s with one such card a machine.
 """
@@ -37,6 +41,7 @@ from pathlib import Path
 import torch
 from torch._subclasses import FakeTensorMode
 
+from common.muon import ROUNDS
 from common.settings import Options, option, parse
 from common.start import program
 from mmdit import MMDiT, MMDiTConfig, fitted
@@ -84,6 +89,12 @@ def activations(model: MMDiT, batch: int, side: int, tokens: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def muon_flops(out: int, into: int) -> int:
+    """Of common/muon.py's five rounds for one matrix: X Xᵀ, its square, and its product with X."""
+    r, c = sorted((out, into))
+    return ROUNDS * (4 * r * r * c + 2 * r**3)
+
+
 def plan(config: MMDiTConfig, s: Settings, zero: dict):
     """→ parameters; bytes on a GPU, by what they hold; FLOPs and bytes sent of a GPU in a step.
 
@@ -104,10 +115,13 @@ def plan(config: MMDiTConfig, s: Settings, zero: dict):
         )
         kept = activations(model, s.micro_batch, side, s.text_tokens)
     N, b, bucket = model.n_parameters(), dtype.itemsize, zero["reduce_bucket_size"]
+    (muon,) = (g for g in model.param_groups(1, muon_lr=1) if "matrices" in g)
+    M = sum(p.numel() for p in muon["params"])
     memory = {
         "weights": b * N,
         "gradients": 4 * N / W,
-        "optimizer": 12 * N / W,
+        "optimizer": 4 * N / W,
+        "moments": (8 * N - 4 * M) / W,
         "averages": 8 * N / W,
         "reduction": b * bucket + (8 - b) * min(bucket, N),
         "activations": kept,
@@ -115,6 +129,7 @@ def plan(config: MMDiTConfig, s: Settings, zero: dict):
     memory["in all"] = sum(memory.values())
     reduced = 8 if zero.get("use_multi_rank_bucket_allreduce", True) else 4
     flops = 3 * s.batch_size // W * model.flops_per_image(side, side, s.text_tokens)
+    flops += sum(n * muon_flops(out, into) for n, out, into in muon["matrices"]) // W
     return N, memory, flops, (W - 1) / W * (passes * reduced + b) * N
 
 

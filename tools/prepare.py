@@ -522,7 +522,7 @@ MAY_DIFFER = ("out", "part", "batch", "workers", "device", "bad_limit")  # betwe
 
 @dataclass(frozen=True)
 class Settings(Reading):
-    size: int = option(256, "buckets have about size² pixels", least=1, group="images")
+    size: int = option(256, "buckets have about size² pixels", least=1, most=2**14, group="images")
     max_aspect: float = option(2.0, "long side over short; 1: square", least=1)
     max_upscale: float = option(1.0, "images that would be enlarged more are left out", above=0)
     patch: int | None = option(None, "sides are multiples of it x the VAE's factor", least=1)
@@ -583,7 +583,7 @@ def same_settings(args: Settings, source: Source) -> dict:
     Chunks made with different options would train without an error and never as meant.
     """
     now = {key: value for key, value in args.saved().items() if key not in MAY_DIFFER}
-    now["with_"] = [str(file) for file in args.with_]
+    now["with_"] = [f"{file} (CRC {zlib.crc32(file.read_bytes()):08x})" for file in args.with_]
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
     path = args.out / "prepare.json"
     if not path.exists():
