@@ -53,6 +53,7 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------
 
 RESIDUALS = ("prenorm", "auraflow")
+PREDICTS = ("velocity", "image")
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ class MMDiTConfig:
     n_registers: int = 8  # R: learned tokens in front of the text; 0 for none
     mlp_multiple_of: int = 256  # the MLP's hidden width is 8/3 dim rounded up to a multiple
     residual: str = "prenorm"  # "prenorm" or "auraflow", see Stream.update
+    predicts: str = "velocity"  # what comes out of the last linear: "velocity" or "image"
     base_dim: int = 256  # the width at which muP's multipliers are 1
 
     def __post_init__(self):
         for field, value in asdict(self).items():
-            if field != "residual":
+            if field not in ("residual", "predicts"):
                 least = 0 if field in ("n_double_layers", "n_registers") else 1
                 whole = type(value) is int and value >= least
                 self._require(field, whole, f"must be a whole number, at least {least}")
@@ -88,6 +90,7 @@ class MMDiTConfig:
         rule = f"must be a multiple of head_dim={self.head_dim}, which muP keeps fixed"
         self._require("base_dim", whole_heads, rule)
         self._require("residual", self.residual in RESIDUALS, f"must be one of {RESIDUALS}")
+        self._require("predicts", self.predicts in PREDICTS, f"must be one of {PREDICTS}")
 
     def _require(self, field: str, holds: bool, rule: str):
         if not holds:
@@ -108,6 +111,8 @@ class MMDiTConfig:
         return self.in_channels * self.patch_size**2
 
 
+NEAR = 0.2  # see velocity_to
+
 # base_dim is 256 throughout, so presets that differ only in width share one learning rate (muP).
 # Channels, patch, text and grid follow the data: fitted() sets them.
 PRESETS = {
@@ -115,7 +120,7 @@ PRESETS = {
     # number of tokens.
     "digits": MMDiTConfig(
         in_channels=1, patch_size=7, dim=96, head_dim=32, n_layers=4, n_double_layers=0,
-        text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32,
+        text_dim=11, max_grid=4, n_registers=0, mlp_multiple_of=32, predicts="image",
     ),
     # Chapter 2: the same architecture, from a laptop to AuraFlow.
     "tiny": MMDiTConfig(
@@ -148,8 +153,9 @@ def fitted(
     sides: all (h, w) that it will see. patch_size: None takes the largest patch that divides them
     all and is no larger than the preset's. This choice never goes below 3, unless the preset's own
     patch is smaller: small patches give many tokens, and attention costs their square. residual:
-    "auraflow" also sets AuraFlow's number of registers and rounding of the MLP, so that the network
-    can be exported (common/auraflow.py). Raises ValueError if no patch fits.
+    "auraflow" also sets AuraFlow's number of registers and rounding of the MLP, and predicts the
+    velocity, so that the network can be exported (common/auraflow.py). Raises ValueError if no
+    patch fits.
     """
     config = PRESETS[preset]
     patches = range(config.patch_size, min(3, config.patch_size) - 1, -1)
@@ -168,7 +174,7 @@ def fitted(
         max_grid=max(map(max, sides)) // patch,
         residual=residual or config.residual,
     )
-    aura = {"n_registers": 8, "mlp_multiple_of": 256}
+    aura = {"n_registers": 8, "mlp_multiple_of": 256, "predicts": "velocity"}
     return replace(config, **aura) if config.residual == "auraflow" else config
 
 
@@ -192,6 +198,8 @@ def fitted(
 # independent, so the sum grows only as √fan_in: the initial standard deviation is 1/√fan_in.
 # The text's projection starts at zero, as in AuraFlow. Only weights that multiply an input
 # decay. Biases and positions are added, and registers are tokens of their own, so they do not.
+# The trainers move hidden matrices with Muon (common/muon.py), whose rule for the width takes the
+# place of lr/m.
 # `python mmdit.py --explain PRESET` prints the table; experiments/coordinate_check.py and
 # experiments/lr_transfer.py measure it.
 
@@ -283,6 +291,19 @@ def sines_2d(grid: int, dim: int) -> Tensor:
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
     rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
     return torch.cat([rows, columns], dim=-1).reshape(grid * grid, dim)  # (grid, grid, dim), flat
+
+
+def velocity_to(x: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x_t that leads to this image: (x_t − data) / t, from data = x_t − t·v.
+
+    A digit fills few of the 49 directions in a patch of 7 x 7. The velocity contains the noise,
+    which fills all of them, and a narrow network must let it pass through. An image is easier to
+    predict (JiT: Li & He 2025, 2511.13720). The loss is still that of the velocity. Near the data a
+    division by t would enlarge every error, so from NEAR down t is held. There the network learns
+    x_t − NEAR·v, which is the image with a little noise. In the dtype of `data`.
+    """
+    near, wide = t.clamp(min=NEAR)[:, None, None, None], torch.promote_types(x.dtype, torch.float32)
+    return ((x.to(wide) - data.to(wide)) / near).to(data.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -566,7 +587,8 @@ class MMDiT(nn.Module):
         shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         if self.config.residual == "prenorm":
             image = norm(image)  # as in DiT; AuraFlow has no norm here
-        return unpatchify(self.final(modulate(image, shift, scale)), patch, H, W)
+        out = unpatchify(self.final(modulate(image, shift, scale)), patch, H, W)  # (B, C, H, W)
+        return out if self.config.predicts == "velocity" else velocity_to(x, out, t)
 
     def grid_positions(self, rows: int, columns: int) -> Tensor:
         """(rows·columns, D): the centre of the position table.

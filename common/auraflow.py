@@ -87,6 +87,7 @@ def check(config: MMDiTConfig):
             config.residual == "auraflow",
             f"residual {config.residual!r} is not AuraFlow's: train with --residual auraflow",
         ),
+        (config.predicts == "velocity", f"it predicts the {config.predicts}, must the velocity"),
         (config.n_registers == 8, f"n_registers {config.n_registers} must be 8"),
         (config.n_double_layers < config.n_layers, "the last layers must be single blocks"),
         (

@@ -29,6 +29,7 @@ from itertools import accumulate, pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 MOMENTUM = 0.95
 # x ← a·x + b·x³ + c·x⁵ brings each singular value in (0, 1] to about 1 (0.7 to 1.2) in five rounds.
@@ -83,6 +84,7 @@ def use_muon(adamw: torch.optim.AdamW):
     """
 
     @torch.no_grad()
+    @record_function("part muon")
     def step(adamw, args, kwargs):
         for group in adamw.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]

@@ -85,7 +85,12 @@ def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between Gaussians fitted to two sets of features, (N, D) and (M, D); in float64."""
+    """Between Gaussians fitted to two sets of features, (N, D) and (M, D); in float64.
+
+    ValueError if there is nothing to fit: LAPACK would crash the program on NaN.
+    """
+    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(f"{len(a)} and {len(b)} features must be finite, and at least two each")
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # tr (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of Σ_a Σ_b, which are real and ≥ 0

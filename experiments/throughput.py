@@ -344,6 +344,7 @@ RANGES = {  # part → what the profiler calls it
     "backward": ("part backward",),
     "ZeRO-2 step": ("part step",),
     "AdamW": ("Optimizer.step#AdamW.step",),
+    "Muon": ("part muon",),
     "averages": ("aten::_foreach_lerp_",),
     "log": ("part log",),
     "signals": ("part signals",),
@@ -354,8 +355,8 @@ RANGES = {  # part → what the profiler calls it
 def parts(profile, steps: int) -> pd.DataFrame:
     """part → milliseconds a step on the host, and of the kernels that it launches on the GPU.
 
-    The step is without AdamW, which it calls, and AdamW without the averages, which a hook of it
-    makes. Communication is also inside backward and step.
+    The step is without AdamW, which it calls, and AdamW without Muon and the averages, which hooks
+    of it make. Communication is also inside backward and step.
     """
     events = profile.key_averages()
 
@@ -376,7 +377,7 @@ def parts(profile, steps: int) -> pd.DataFrame:
     table.loc["backward", "device_ms"] += own
     table.loc["communication, inside", "device_ms"] = nccl
     table.loc["ZeRO-2 step"] -= table.loc["AdamW"]
-    table.loc["AdamW"] -= table.loc["averages"]
+    table.loc["AdamW"] -= table.loc["averages"] + table.loc["Muon"]
     return table
 
 

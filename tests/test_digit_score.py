@@ -86,5 +86,8 @@ def test_table_of_a_run(home, tmp_path, capsys):
 
 
 def test_a_single_sample_is_refused_in_one_line(tmp_path, capsys):
+    for bad in (torch.ones(1, 4), torch.full((3, 4), torch.nan)):  # a crash of LAPACK once
+        with pytest.raises(ValueError, match="features must be finite, and at least two each"):
+            digit_score.frechet_distance(bad, torch.randn(5, 4))
     line = refused(digit_score.main, capsys, tmp_path, "--samples", 1)
     assert line == "experiments.digit_score: --samples 1 must be at least 2"

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """\
 rf
 mmdit
+common.muon
 common.cpu
 common.start
 common.settings

@@ -130,6 +130,24 @@ def test_the_network_compiled_or_not_equals_naive_float64(config, residual):
     assert list(model.state_dict()) == keys
 
 
+def test_a_predicted_image_is_where_its_velocity_leads():
+    """x_t − t·v is what comes out of the last linear; nearer to the data t is held at NEAR."""
+    images = awake(replace(SMALL, predicts="image")).double()
+    plain = MMDiT(SMALL).double()
+    plain.load_state_dict(images.state_dict())
+    x, _, text = (i.double() for i in inputs())
+    t = torch.tensor([0.7, 0.05]).double()
+    with HostReads() as reads:
+        velocity, image = images(x, t, text), plain(x, t, text)
+    assert reads.seen == []
+    close(
+        x - torch.tensor([0.7, 0.2]).double()[:, None, None, None] * velocity, image, 1e-10, 1e-10
+    )
+    assert images.bfloat16()(x.bfloat16(), t.float(), text).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="predicts = 'noise' must be one of"):
+        replace(SMALL, predicts="noise")
+
+
 def test_the_recorder_sees_each_kind_of_read():
     t = torch.ones(2)
     for read in (lambda: t.sum().item(), lambda: t[t > 0], t.nonzero):

@@ -31,7 +31,7 @@ from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
 from inputs.rows import pairs_check
 from inputs.shapes import TAGS
 from mmdit import MMDiT, fitted
-from train_t2i import RECIPES, Settings, learning_rate, read_ds_config
+from train_t2i import RECIPES, Settings, learning_rate, part_of_row, read_ds_config
 
 QUICK = """--seed 1 --samples 80 --batch-size 4 --eval-every-samples 40 --save-every-samples 40
 --threads 1 --eval-prompts 1 --sample-steps 1 --warmup-samples 16 --cooldown-samples 16"""
@@ -227,6 +227,16 @@ def test_the_rate_warms_up_stays_and_cools_down():
     rates = [learning_rate(settings, step) for step in (0, 9, 50, 80, 90, 100)]  # of 100
     assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0])
     assert learning_rate(Settings(warmup_samples=0, cooldown_samples=0), 0) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 9])
+def test_the_shards_of_some_ranks_become_those_of_others(ranks):
+    """A row of eight, written by three ranks with padding: no value is lost."""
+    row = torch.arange(1.0, 10)
+    row[8:], size = 0, -(-8 // ranks)
+    parts = [part_of_row(row.split(3), r * size, size) for r in range(ranks)]
+    whole = torch.cat(parts)
+    assert torch.equal(whole[:8], row[:8]) and not whole[8:].any() and len(whole) == ranks * size
 
 
 @pytest.mark.parametrize("preset", RECIPES)
