@@ -81,7 +81,7 @@ CLIP = 1.0  # largest global gradient norm: limits the effect of one unusual bat
 # What a device can do in a few minutes. A CPU takes a narrow network and small batches; a GPU would
 # be mostly idle with them.
 RECIPES = {
-    "cpu": {"preset": "digits", "batch_size": 64, "steps": 7500},
+    "cpu": {"preset": "digits", "batch_size": 64, "steps": 5000},
     "gpu": {"preset": "digits-wide", "batch_size": 256, "steps": 20000},
 }
 
@@ -118,7 +118,7 @@ class Settings(DataOptions):
     # Training. lr holds at every width (muP): it need not change between presets that differ only
     # in width. rf.py explains time, shift and loss; segments and anneal are for pairs
     # (tools/pairs.py).
-    steps: int = option(7500, "optimizer steps", least=1, fixed=True, group="training")
+    steps: int = option(5000, "optimizer steps", least=1, fixed=True, group="training")
     batch_size: int = option(64, "images a step", least=1, most=2**20, fixed=True)
     lr: float = option(
         6e-3, "learning rate at the base width; holds over width", least=0, fixed=True
@@ -159,8 +159,9 @@ class Settings(DataOptions):
 
     # Pictures at the end. None of these changes the training, so a finished run may be resumed with
     # other values to draw again: `--resume --cfg 4`.
+    # 1.45 gives the lowest Fréchet distance. More guidance is read more surely and varies less.
     cfg: float = option(
-        1.6, "guidance: above 1 closer to the caption", least=-100, most=100, group="pictures"
+        1.45, "guidance: above 1 closer to the caption", least=-100, most=100, group="pictures"
     )
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(24, "solver steps from noise to image", least=1)

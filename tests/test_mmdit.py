@@ -136,13 +136,11 @@ def test_a_predicted_image_is_where_its_velocity_leads():
     plain = MMDiT(SMALL).double()
     plain.load_state_dict(images.state_dict())
     x, _, text = (i.double() for i in inputs())
-    t = torch.tensor([0.7, 0.05]).double()
+    t, near = (torch.tensor(times, dtype=torch.float64) for times in ([0.7, 0.05], [0.7, 0.2]))
     with HostReads() as reads:
         velocity, image = images(x, t, text), plain(x, t, text)
     assert reads.seen == []
-    close(
-        x - torch.tensor([0.7, 0.2]).double()[:, None, None, None] * velocity, image, 1e-10, 1e-10
-    )
+    close(x - near[:, None, None, None] * velocity, image, 1e-10, 1e-10)
     assert images.bfloat16()(x.bfloat16(), t.float(), text).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="predicts = 'noise' must be one of"):
         replace(SMALL, predicts="noise")
@@ -300,7 +298,8 @@ def test_presets_are_fitted_to_what_they_will_see(preset, sides, asked, patch, g
     plain = {"in_channels": 5, "text_dim": 9, "patch_size": patch, "max_grid": grid}
     expected = replace(PRESETS[preset], **plain)
     assert fitted(preset, **how) == expected
-    aura = replace(expected, residual="auraflow", n_registers=8, mlp_multiple_of=256)
+    aura = {"n_registers": 8, "mlp_multiple_of": 256, "predicts": "velocity"}
+    aura = replace(expected, residual="auraflow", **aura)
     assert fitted(preset, **how, residual="auraflow") == aura
 
 
