@@ -212,6 +212,9 @@ def main(argv: list[str] | None = None):
     for each in pipelines.values() if args.cudagraphs else ():
         each.model = Graphed(each.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    beside = args.out.with_suffix(".csv" if args.score else ".gif")
+    if (args.score or args.gif) and beside.exists() and not args.out.exists():  # not of ours
+        raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
         score(pipelines, args)
     else:

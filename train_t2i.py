@@ -69,12 +69,13 @@ from common.muon import use_muon
 from common.pipeline import (
     RUN_FILE,
     Pipeline,
-    Record,
     checkpoints,
     load_shard,
     open_checkpoint,
     rank_of,
+    read_record,
     run_facts,
+    same_checkpoint,
     settle_run,
 )
 from common.settings import option, parse, read_json
@@ -216,6 +217,7 @@ class Settings(DataOptions):
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
     cfg: float = option(3.0, "guidance of the pictures", least=-100, most=100)
+    cfg_below: float = option(1.0, "guidance at times t up to this alone", least=0, most=1)
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
     sample_steps: int = option(20, "solver steps of the pictures", least=1)
     target_eval_loss: float | None = option(
@@ -399,6 +401,11 @@ def start_ranks(threads: int | None = None) -> Ranks:
     lacks = [key for key in LAUNCHED if not os.environ.get(key)]
     if lacks:
         raise ValueError(f"the launcher has set RANK, but not {', '.join(lacks)}: see docs/gpu.md")
+    numbers = [os.environ[key] for key in LAUNCHED[:3]]
+    if not all(n.isdecimal() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
+        raise ValueError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK {' '.join(numbers)} must be numbers, RANK < WORLD_SIZE"
+        )
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
     import deepspeed  # a slow import: only when the options have been read
@@ -777,7 +784,13 @@ class Run:
         self.log.flush()  # or a resumed run would not know the losses since the last row
         # Of these, a sampler reads facts, model, widths and step; a resume reads step and the rest.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
+        # The mark goes into run.json and into each shard: files of two checkpoints never mix.
+        known = json.dumps([self.settings.saved(), asdict(self.config), self.rows.id, self.seen])
+        mark = f"{zlib.crc32(known.encode()):08x}"
+        for group in self.adamw.param_groups:
+            group["mark"] = mark
         record = {
+            "mark": mark,
             "samples": self.seen,
             "step": self.step,
             "world_size": self.ranks.count,
@@ -798,7 +811,7 @@ class Run:
         """Put back weights, shards, schedule, counts and log from a checkpoint."""
         for file in sorted(path.glob("*.pt"))[self.ranks.rank :: self.ranks.count]:
             intact(file)
-        load_checkpoint(self.engine, self.adamw, path, self.ranks)
+        load_checkpoint(self.engine, self.adamw, path, record["mark"], self.ranks)
         self.step, self.seen, self.saved_at = record["step"], record["samples"], record["samples"]
         self.evals, self.log.rows = record["evals"], record["log"]
 
@@ -878,13 +891,13 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
     dist.barrier(group=ranks.group)
 
 
-def read_record(path: Path) -> dict:
+def whole_record(path: Path) -> dict:
     """What the trainer wrote with a checkpoint. ValueError if it is partial or not ours.
 
     A copy from another machine may be incomplete, although a checkpoint of ours never is.
     """
     try:
-        record = read_json(path / RUN_FILE, Record)
+        record = read_record(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}: move {path} away, and --resume takes the one before") from error
     # One shard for each rank that wrote it, and the weights that rank 0 wrote.
@@ -898,7 +911,7 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def load_checkpoint(engine, adamw, path: Path, ranks: Ranks):
+def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
     """Weights, moments, averages and schedule from a checkpoint of any number of ranks.
 
     The shards of a group, laid end to end in the order of the ranks that wrote them, are the
@@ -911,6 +924,8 @@ def load_checkpoint(engine, adamw, path: Path, ranks: Ranks):
         )
         files = sorted(path.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of)
         saved = [load_shard(file, checked=False)["optimizer_state_dict"] for file in files]
+        for file, each in zip(files, saved, strict=True):
+            same_checkpoint(file, each, mark)
         for i, group in enumerate(adamw.param_groups):
             (shard,) = group["params"]  # fp32
             states = [each["base_optimizer_state"]["state"][i] for each in saved]
@@ -954,7 +969,7 @@ def launch(typed: dict):
     present, record = checkpoints(out / "checkpoints"), None
     finished = present or (out / "model.safetensors").exists()  # what is worth keeping
     if present and typed.get("resume"):
-        record = read_record(present[-1])
+        record = whole_record(present[-1])
     elif finished and typed.get("resume"):
         raise ValueError(f"the run in {out} has no checkpoint: begin anew with --overwrite")
     elif finished and not typed.get("overwrite"):
@@ -974,6 +989,8 @@ def launch(typed: dict):
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
     # 3. Data on slow storage: copy chunks before they are used.
     copier = None
+    if stage is not None and not any(source.ranges for source in rows.sources):
+        raise ValueError("--stage is for the folders of tools.prepare: drop it")
     if stage is not None:  # before Run, which reads held-out rows from there
         if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
             copier = Copier(rows, settings.stage_limit * 1e9)

@@ -143,6 +143,7 @@ def draw_asked(
             batch=EVAL_BATCH,
             trajectory=trajectory,
             cfg=settings.cfg,
+            cfg_below=settings.cfg_below,
             steps=settings.sample_steps,
             shift=settings.shift,
             solver=settings.solver,

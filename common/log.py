@@ -110,6 +110,13 @@ def write_rows(path: Path | None, rows: list[dict]):
 def append_row(path: Path | None, row: dict):
     if path is not None:
         new = not path.exists()
+        if not new:
+            with open(path, "rb") as file:
+                head = file.readline().decode().strip().split(",")
+                file.seek(-1, 2)
+                whole = file.read() == b"\n"
+            if head != list(row) or not whole:
+                raise ValueError(f"{path} is cut, or holds other columns: move it away")
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, row.keys())
             if new:

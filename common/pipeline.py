@@ -26,15 +26,18 @@ from common.settings import Checked, Count, Natural, Options, option, read_json,
 from common.start import begin, choose_device, intact
 from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
 from inputs.rows import Facts, open_rows
-from mmdit import MMDiT, MMDiTConfig, load_model, save_model
+from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
-AURAFLOW = {"size": 1024, "cfg": 3.5, "steps": 50, "shift": 1.73, "shapes": 0, "source": "AuraFlow"}
+AURAFLOW = {"size": 1024, "cfg": 3.5, "cfg_below": 1.0, "steps": 50, "shift": 1.73, "shapes": 0}
+AURAFLOW |= {"source": "AuraFlow"}
+HOW = ("cfg", "cfg_below", "steps", "shift", "solver")  # of rf.sample: a run has its own values
 FROM_INIT = (  # what a run takes over from the one it starts from
     "preset",
     "patch_size",
     "residual",
     "cfg",
+    "cfg_below",
     "size",
     "text_encoder",
     "text_tokens",
@@ -97,6 +100,9 @@ class Sampling(Options):
     cfg: float | None = option(
         None, "guidance: 1 none, above 1 closer to the text (the run's)", least=-100, most=100
     )
+    cfg_below: float | None = option(
+        None, "guidance at times t up to this alone (the run's)", least=0, most=1
+    )
     steps: int | None = option(None, "solver steps from noise to image (the run's)", least=1)
     shift: float | None = option(
         None, "of the sampler's time grid (the run's)", least=0.01, most=100
@@ -119,7 +125,7 @@ class Sampling(Options):
 
     def how(self) -> dict:
         """Arguments of Pipeline.draw."""
-        return {key: getattr(self, key) for key in ("cfg", "steps", "shift", "solver", "batch")}
+        return {key: getattr(self, key) for key in (*HOW, "batch")}
 
 
 @dataclass
@@ -151,7 +157,9 @@ class Pipeline:
         seen = (model.config.text_dim, model.config.in_channels)
         if seen != (text.dim, image.channels):
             raise ValueError(f"{path} is damaged: its facts and its network do not fit each other")
-        origin += f" after {facts['samples']} samples"
+        # Programs that go on with older files compare it: the weights must be the same, too.
+        weights = checksum(model.state_dict()) % 2**32
+        origin += f" after {facts['samples']} samples (weights {weights:08x})"
         return cls(model.to(device).eval(), text, image, facts, device, origin)
 
     @classmethod
@@ -189,10 +197,9 @@ class Pipeline:
         return kept.expand(kept.join([kept.pack(f) for f in self.text(captions)]), self.device)
 
     def how(self, **given) -> dict:
-        """cfg, steps, shift and solver for rf.sample; None is the run's own value."""
-        keys = ("cfg", "steps", "shift", "solver")
+        """Of HOW, for rf.sample; None is the run's own value."""
         own = self.facts | {"solver": "euler"}
-        return {key: own[key] if given.get(key) is None else given[key] for key in keys}
+        return {key: own[key] if given.get(key) is None else given[key] for key in HOW}
 
     def draw(
         self,
@@ -205,11 +212,11 @@ class Pipeline:
     ) -> Tensor:
         """captions, noise (B, C, h, w) → pictures (B, C, H, W) uint8 on the CPU.
 
-        how: cfg, steps, shift, solver. batch, progress, trajectory: as in draw above.
+        how: of HOW. batch, progress, trajectory: as in draw above.
         """
-        unknown = how.keys() - {"cfg", "steps", "shift", "solver"}
+        unknown = how.keys() - {*HOW}
         if unknown:
-            raise TypeError(f"draw takes cfg, steps, shift and solver, not {', '.join(unknown)}")
+            raise TypeError(f"draw takes {', '.join(HOW)}, not {', '.join(unknown)}")
         if isinstance(captions, str) or len(captions) != len(noise):
             raise ValueError(f"{len(noise)} noises need as many captions, in a list")
         pixels = noise.shape[-1] * noise.shape[-2] * self.image.factor**2
@@ -232,7 +239,7 @@ class Pipeline:
 
 def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     """The facts of a run of either chapter: what its weights need to be used."""
-    keys = ("size", "text_encoder", "text_tokens", "vae", "cfg", "shift", "preset")
+    keys = ("size", "text_encoder", "text_tokens", "vae", "cfg", "cfg_below", "shift", "preset")
     facts = {key: getattr(settings, key) for key in keys}
     facts |= {"steps": settings.sample_steps, "residual": config.residual, "samples": samples}
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
@@ -251,13 +258,15 @@ def settle_run(
     A run that starts from another takes its network and encoders, and its time shift made fit for
     the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
     """
+    places = [*typed.get("data", ()), *([typed["data_dir"]] if "data_dir" in typed else ())]
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
     out, first = Path(os.path.realpath(typed.get("out", cls.out))), typed.get("init")
     replaced = (out, out.with_name(f"{out.name}.old"))  # move_away
-    if first and any(Path(os.path.realpath(first)).is_relative_to(place) for place in replaced):
-        raise ValueError(f"--init {first} lies in --out, which is replaced: choose another --out")
+    for given in (*places, *([first] if first else ())):
+        if any(Path(os.path.realpath(given)).is_relative_to(place) for place in replaced):
+            raise ValueError(f"{given} lies in --out, which is replaced: choose another --out")
     init = read_facts(first) if first and not saved else {}
     known = saved | typed
     rows = open_rows(
@@ -331,8 +340,10 @@ def rank_of(file: Path) -> int:
 def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """name of the average → name of the parameter → the whole fp32 average, in host memory."""
     pieces: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+    mark = read_record(checkpoint)["mark"]
     for file in sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of):
         saved = load_shard(file)["optimizer_state_dict"]
+        same_checkpoint(file, saved, mark)
         states = saved["base_optimizer_state"]["state"].values()  # of each group's row
         for state, places in zip(states, saved["param_slice_mappings"], strict=True):
             for name in names:
@@ -346,6 +357,20 @@ def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str,
         name: {p: torch.cat(parts).view(shapes[p].shape) for p, parts in found.items()}
         for name, found in pieces.items()
     }
+
+
+def read_record(checkpoint: Path) -> dict:
+    """run.json of a checkpoint. ValueError if it is not ours, or of another checkpoint."""
+    record = read_json(checkpoint / RUN_FILE, Record)
+    if checkpoint.name.isdecimal() and int(checkpoint.name) != record["samples"]:
+        raise ValueError(f"{checkpoint} holds the {RUN_FILE} of {record['samples']} samples")
+    return record
+
+
+def same_checkpoint(file: Path, saved: dict, mark: str):
+    """ValueError unless a shard was written together with its run.json."""
+    if saved["base_optimizer_state"]["param_groups"][0].get("mark") != mark:
+        raise ValueError(f"{file} is of another checkpoint than the {RUN_FILE} beside it")
 
 
 def newest(path: Path) -> Path:
@@ -370,6 +395,7 @@ class Record(Exported):
     world_size: Count
     settings: dict
     rows: str
+    mark: str  # stands in every shard, too: see train_t2i.Run.save
     widths: list[Annotated[float, rule(least=0.001, most=0.28)]]
     log: list[LogRow]
     evals: list[LogRow]
@@ -388,7 +414,7 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
     folder = newest(path)
     if not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{path} holds no checkpoint: only its exported weights, no --ema")
-    record = read_json(folder / RUN_FILE, Record)
+    record = read_record(folder)
     width = min(record["widths"]) if ema is None else ema
     low, high = min(record["widths"]), max(record["widths"])
     if not low <= width <= high:
@@ -415,7 +441,7 @@ def between(kept: list[Path], widths: list[float], step: int, width: float) -> d
     All averages are weighted sums of the same weights over time. So a sum of stored averages whose
     weighting is nearest to the wanted one is nearly the wanted average.
     """
-    records = [read_json(folder / RUN_FILE, Record) for folder in kept]
+    records = [read_record(folder) for folder in kept]
     snapshots = [(record["step"], w) for record in records for w in widths]
     shares = iter(rf.posthoc_coefficients(snapshots, step, width))
     total: dict[str, Tensor] = {}

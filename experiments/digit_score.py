@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -60,7 +61,10 @@ def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int
     reader = new_reader(*dataset.images.shape[1:3], len(dataset.classes)).to(device)
     path = cache / f"{dataset.source}-{fingerprint(dataset)}.safetensors"
     if path.exists():
-        reader.load_state_dict(load_file(path, device=str(device)))
+        try:
+            reader.load_state_dict(load_file(path, device=str(device)))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"the reader {path} is damaged: delete it") from error
         return reader.eval()
     batch = min(128, len(seen))
     steps = len(seen) // batch

@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None):
     cells = list(product(range(args.seeds), widths, PARAMETRIZATIONS, rates))
     for seed, width, name, lr in tqdm(cells, unit="run"):
         key = {"dataset": args.dataset, "steps": args.steps, "parametrization": name}
-        key |= {"width": width, "lr": lr, "seed": seed}
+        key |= {"width": width, "lr": lr, "seed": seed, "base": widths[0], "rows": data.rows.id}
         config = replace(data.config, base_dim=widths[0], dim=width)
         rows.append(remembered(path, key, config, data))
     means = pd.DataFrame(rows).pivot_table("loss", ["parametrization", "width"], "lr")

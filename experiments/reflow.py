@@ -97,7 +97,8 @@ def rk45(pipeline: Pipeline, captions: list[str], noise: Tensor) -> tuple[Tensor
     def slope(t: float, flat):
         x = torch.from_numpy(flat).float().view(noise.shape).to(pipeline.device)
         times = torch.full((len(x),), t, device=x.device)
-        v = rf.guided_velocity(pipeline.model, x, times, text, null_text, pipeline.facts["cfg"])
+        cfg = pipeline.facts["cfg"] if t <= pipeline.facts["cfg_below"] else 1.0
+        v = rf.guided_velocity(pipeline.model, x, times, text, null_text, cfg)
         return v.flatten().double().cpu().numpy()
 
     found = solve_ivp(slope, (1.0, 0.0), noise.flatten().double().numpy(), rtol=1e-3, atol=1e-3)

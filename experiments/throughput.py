@@ -413,9 +413,10 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
             }
             for _ in range(rows // len(files))
         ]
-        write_chunk(file, made, [])
+        write_chunk(file, made, [], "")
     manifest = finish(files) | {
         "schema": SCHEMA,
+        "made": "",
         "size": 8 * side,
         "noise_seed": 0,
         "text_encoder": "hash",

@@ -391,13 +391,18 @@ def checksum(*parts) -> int:
     return total % 2**63
 
 
-def words_of(captions: list, t_index: int) -> bytes:
-    return repr((captions, t_index)).encode()
+def words_of(place: tuple, captions: list, t_index: int) -> bytes:
+    return repr((*place, captions, t_index)).encode()
 
 
-def row_checks(image: bytes, captions: list, text: list, t_index: int) -> list[int]:
-    """The column "checks": of the image and the words, then of each caption's features."""
-    return [checksum(image, words_of(captions, t_index)), *(checksum(x or b"") for x in text)]
+def row_checks(place: tuple, image: bytes, captions: list, text: list, t_index: int) -> list[int]:
+    """The column "checks": of the image and the words, then of each caption's features.
+
+    place: (made, chunk, height, width). So a chunk of another folder, or under another number, is
+    noticed, too.
+    """
+    words = words_of(place, captions, t_index)
+    return [checksum(image, words), *(checksum(x or b"") for x in text)]
 
 
 @dataclass(frozen=True)
@@ -436,6 +441,7 @@ class Manifest(Checked):
     ranges: list[Range]
     chunks: list[Chunk]
     noise_seed: Natural
+    made: str  # a checksum of all options: it tells the chunks of one folder from another's
 
 
 def read_header(path: str, cls: type[Checked]) -> tuple[dict, str]:
@@ -579,7 +585,9 @@ class PreparedFolder(Source):
         columns, i, r = self.find(row)
         captions, checks = columns["captions"][i].as_py(), columns["checks"][i].as_py()
         buffer, text = columns["image"][i].as_buffer(), self.null_blob
-        fine = checks[0] == checksum(buffer, words_of(captions, columns["t_index"][i].as_py()))
+        place = (self.manifest["made"], r.chunk, r.height, r.width)
+        words = words_of(place, captions, columns["t_index"][i].as_py())
+        fine = checks[0] == checksum(buffer, words)
         present = [k for k, caption in enumerate(captions) if caption]
         if present:
             steps = np.cumsum(self.weights[present])
@@ -630,6 +638,7 @@ class Facts(Checked):
     colors: Natural
     places: Natural
     cfg: Annotated[float, rule(least=-100, most=100)]
+    cfg_below: Annotated[float, rule(least=0, most=1)]
     steps: Count
     shift: Annotated[float, rule(least=0.01, most=100)]
     preset: str
@@ -644,6 +653,7 @@ class PairsMade(Checked):
     """How a path was followed, and from which captions (a checksum)."""
 
     cfg: Annotated[float, rule(least=-100, most=100)]
+    cfg_below: Annotated[float, rule(least=0, most=1)]
     steps: Count
     shift: Annotated[float, rule(least=0.01, most=100)]
     solver: Annotated[str, rule(choices=rf.SOLVERS)]
@@ -665,18 +675,23 @@ class PairsHeader(Checked):
     shape: list[Count]  # (C, h, w)
 
 
-def pairs_check(states: Tensor, captions: list[str]) -> int:
-    """The checksum of a chunk of pairs, which stands in its own header."""
-    return checksum(states.numpy().reshape(-1).view(np.uint8), json.dumps(captions).encode())
+def pairs_check(header: dict, chunk: int, states: Tensor, captions: list[str]) -> int:
+    """The checksum of a chunk of pairs, which stands in its own header. It is also of what
+    pairs.json says and of the chunk's number, so a chunk of other pairs is noticed, too."""
+    made = {key: value for key, value in header.items() if key != "number"}  # which may grow
+    words = json.dumps([made, chunk, captions], sort_keys=True).encode()
+    return checksum(states.numpy().reshape(-1).view(np.uint8), words)
 
 
-def read_pairs(path: Path) -> tuple[Tensor, list[str]]:
+def read_pairs(path: Path, header: dict) -> tuple[Tensor, list[str]]:
     """A chunk of pairs: states fp16, mapped into memory, and captions. ValueError if broken."""
     try:
-        file = safe_open(path, "pt")
+        file, chunk = safe_open(path, "pt"), int(path.stem)
         about, states = json.loads(file.metadata()["about"]), file.get_tensor("states")
-        if about["check"] != pairs_check(states, about["captions"]):
-            raise ValueError("it has changed")
+        rows = min(header["chunk"], header["number"] - chunk * header["chunk"])
+        check = pairs_check(header, chunk, states, about["captions"])
+        if about["check"] != check or not len(states) == len(about["captions"]) == rows:
+            raise ValueError("it has changed, or is of other pairs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is broken ({error}): run tools.pairs again") from error
     return states, about["captions"]
@@ -722,7 +737,7 @@ class PairsFolder(Source):
     def chunk(self, i: int) -> tuple[Tensor, list[str]]:
         """states (N, K + 1, C, h, w) fp16, mapped into memory, and captions."""
         if i not in self.tables:
-            self.tables[i] = read_pairs(self.files[i])
+            self.tables[i] = read_pairs(self.files[i], self.about)
         return self.tables[i]
 
     def _read(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:

@@ -26,6 +26,7 @@ SHAPES = {  # facts of a run of chapter 2, of 20 pixels
     "words": [],
     "text_format": None,
     "cfg": 3.0,
+    "cfg_below": 1.0,
     "steps": 2,
     "shift": 2.0,
     "preset": "tiny",

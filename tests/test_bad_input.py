@@ -109,7 +109,7 @@ def home(tmp_path_factory):
 
 
 def resumed(folder):
-    record = train_t2i.read_record(folder)
+    record = train_t2i.whole_record(folder)
     settle_run(train_t2i.Settings, {}, record["settings"], "cpu", train_t2i.recipe_of)
 
 

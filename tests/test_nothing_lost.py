@@ -19,7 +19,7 @@ from test_prepare import run as prepared
 
 import sample_t2i
 import train_mnist
-from common import start
+from common import log, start
 from common.evaluate import Ranks, validation
 from common.pictures import progress, strip
 from common.pipeline import Pipeline
@@ -326,3 +326,68 @@ def test_no_tool_writes_over_what_it_reads(home, tmp_path, capsys):
         before = content(home / "source")
         assert "--out" in refused(main, capsys, *given)
         assert content(home / "source") == before and prompts.read_text() == "a ring"
+
+
+# --- files of two folders never mix --------------------------------------------------------------
+
+
+def test_chunks_of_other_rows_are_refused(home, tmp_path):
+    """Of the same sizes, under their own number or another's."""
+    other = prepared(pictures(tmp_path / "source", 12), tmp_path / "other", "--chunk-rows", 6)
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    second = data / "chunks" / "00001.arrow"
+    for chunk in (other / "chunks" / second.name, second.with_name("00000.arrow")):
+        shutil.copy(chunk, second)
+        _, rows = opened(data)
+        with pytest.raises(ValueError, match=r"00001.arrow is broken .*has changed|rows, the mani"):
+            rows.at(range(8))
+    exported(tmp_path / "second", DIGITS | {"samples": 81})
+    other = make(tmp_path / "second", tmp_path / "other pairs")
+    data = shutil.copytree(home / "pairs", tmp_path / "pairs")
+    for chunk in (other / "00001.safetensors", data / "00000.safetensors"):
+        shutil.copy(chunk, data / "00001.safetensors")
+        _, rows = opened(data)
+        with pytest.raises(ValueError, match=r"00001.safetensors is broken .* is of other pairs"):
+            rows.sources[0].chunk(1)
+    (data / "pairs.json").unlink()
+    with pytest.raises(SystemExit):
+        make(home / "first", data)
+
+
+def test_shards_of_another_checkpoint_are_refused(home, tmp_path, capsys):
+    call(t2i, *options("t2i", home, tmp_path / "other", "--seed", 1))
+    out = shutil.copytree(home / "t2i", tmp_path / "run")
+    (path,), (other,) = (
+        sorted((run / "checkpoints").glob("0*")) for run in (out, tmp_path / "other")
+    )
+    (shard,) = path.glob("zero_pp_rank_*")
+    kept = shard.read_bytes()
+    shutil.copy(other / shard.name, shard)
+    for main, how in ((t2i, ["--resume"]), (sample_t2i.main, [out, "1", "--ema", 0.1])):
+        given = [*how, "--out", out] if main is t2i else [*how, "--out", tmp_path / "x.png"]
+        assert f"{shard.name} is of another checkpoint" in refused(main, capsys, *given)
+    shard.write_bytes(kept)
+    path.rename(path.with_name("000000000099"))
+    assert "holds the run.json of 8 samples" in refused(t2i, capsys, "--resume", "--out", out)
+
+
+def test_data_inside_the_run_and_files_beside_a_picture_stay(home, tmp_path, capsys):
+    out = shutil.copytree(home / "mnist", tmp_path / "run")
+    shutil.copytree(home / "MNIST", out / "MNIST")
+    line = refused(train_mnist.main, capsys, *options("mnist", out, out, "--overwrite"))
+    assert "lies in --out, which is replaced" in line and (out / "MNIST").exists()
+    (tmp_path / "mine.gif").write_bytes(b"mine")
+    drawn = [home / "first", "1", "--gif", "--steps", 1, "--out", tmp_path / "mine.png"]
+    assert "mine.gif would be overwritten" in refused(sample_t2i.main, capsys, *drawn)
+    assert (tmp_path / "mine.gif").read_bytes() == b"mine"
+
+
+def test_a_table_that_is_cut_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "log.csv"
+    log.append_row(path, {"a": 1, "b": 2})
+    log.append_row(path, {"a": 3, "b": 4})
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
+    for row, text in (({"a": 1}, path.read_text()), ({"a": 1, "b": 2}, "a,b\n1,")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is cut, or holds other columns: move it away"):
+            log.append_row(path, row)

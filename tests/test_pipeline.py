@@ -27,7 +27,7 @@ def greys(factor=1):
     """On the field v = (x − c)/t every path ends in c: a grey that the caption names."""
     image, batches = Pixels(), []
     image.factor = factor
-    facts = {"size": 4 * factor, "cfg": 1.0, "steps": 4, "shift": 3.0}
+    facts = {"size": 4 * factor, "cfg": 1.0, "cfg_below": 1.0, "steps": 4, "shift": 3.0}
 
     def model(x, t, text):
         batches.append(len(x))

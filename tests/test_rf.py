@@ -64,6 +64,19 @@ RULES = {
 }
 
 
+def test_guidance_begins_below_a_time():
+    """Steps from t = 1 and 0.75 are unguided, those from 0.5 and 0.25 guided."""
+    seen = []
+
+    def model(x, t, text):
+        seen.append((t[0].item(), len(x)))
+        return x
+
+    how = {"null_text": X[:1], "cfg": 3.0, "steps": 4}
+    rf.sample(model, X, X, **how, cfg_below=0.5)
+    assert seen == [(1.0, 5), (0.75, 5), (0.5, 10), (0.25, 10)]
+
+
 @pytest.mark.parametrize("message", RULES)
 def test_bad_arguments_say_the_rule(message):
     with pytest.raises(ValueError, match=message):

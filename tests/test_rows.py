@@ -243,10 +243,12 @@ def test_captions_are_drawn_by_weight_or_dropped(home, tmp_path):
     padded = torch.cat([null, torch.zeros(6, 128)])
     blob = base64.b64encode(TextFormat(8, 128).pack(null)).decode()
     _, rows = opened(edited(home / "prepared", tmp_path / "data", null_text=blob), batch_size=2000)
-    table, empty = rows.sources[0].table(2), ["", None]
+    source, empty = rows.sources[0], ["", None]
+    table, (first, *_) = source.table(2), (r for r in source.ranges if r.chunk == 2)
+    place = (source.manifest["made"], 2, first.height, first.width)
     table["captions"] = pa.array([empty] * len(table["captions"]))
     stored = zip(table["image"], table["t_index"], strict=True)
-    checks = [row_checks(x.as_buffer(), empty, [], t.as_py()) for x, t in stored]
+    checks = [row_checks(place, x.as_buffer(), empty, [], t.as_py()) for x, t in stored]
     table["checks"] = pa.array(checks)
     silent = {image.as_py() for image in table["image"]}
     batch, known, chosen = rows.draw(range(2000), 0), training(home, "prepared"), Counter()

@@ -172,7 +172,8 @@ def pairs_with_a_nan(folder, batch):
     states = load_file(file)["states"]
     states[3] = torch.nan
     captions = ["a red ring"] * 20
-    about = {"captions": captions, "check": pairs_check(states, captions)}
+    header = json.loads((made / "pairs.json").read_text())
+    about = {"captions": captions, "check": pairs_check(header, 0, states, captions)}
     save_file({"states": states}, file, {"about": json.dumps(about)})
     _, rows = opened(made, batch_size=batch, seed=1)
     steps = [rows.at(range(batch * k, batch * (k + 1)))[0] for k in range(11)]

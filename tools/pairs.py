@@ -23,7 +23,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import rf
-from common.pipeline import Pipeline, Sampling
+from common.pipeline import HOW, Pipeline, Sampling
 from common.settings import option, parse, read_json
 from common.start import claim, mark, program, read_lines, write_whole
 from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
@@ -58,7 +58,7 @@ def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch
     )
     noise = noise.half()  # rounded before the path is computed: it will be read like this
     captions = captions_of(pipeline, lines, rows, rf.mix_seed(settings["seed"], WORDS, i))
-    how = {key: settings[key] for key in ("steps", "solver", "cfg", "shift")}
+    how = {key: settings[key] for key in HOW}
     null_text, states = pipeline.features([""]), []
     for part in torch.arange(rows).split(batch):
         text = pipeline.features([captions[k] for k in part])
@@ -69,8 +69,11 @@ def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch
         states.append(path.half().cpu())
         bar.update(len(part))
     states = torch.cat(states)
-    about = json.dumps({"captions": captions, "check": pairs_check(states, captions)})
-    return save({"states": states}, metadata={"about": about})
+    check = pairs_check(about, i, states, captions)
+    return save(
+        {"states": states},
+        metadata={"about": json.dumps({"captions": captions, "check": check})},
+    )
 
 
 def begin_folder(out: Path, about: dict):
@@ -79,7 +82,11 @@ def begin_folder(out: Path, about: dict):
     A greater number adds chunks to those that are there, if they are all full.
     """
     path = out / "pairs.json"
-    begun = path.exists() and any(out.glob("*.safetensors"))
+    begun = any(out.glob("*.safetensors"))
+    if begun and not path.exists():
+        raise ValueError(
+            f"--out {out} holds pairs, but no {path.name} that says how made: delete it"
+        )
     older = read_json(path, PairsHeader) if begun else about
     grown = older["number"] % older["chunk"] == 0 and about["number"] > older["number"]
     if about != older | ({"number": about["number"]} if grown else {}):
@@ -91,10 +98,10 @@ def begin_folder(out: Path, about: dict):
     write_whole(path, json.dumps(about, indent=1).encode())
 
 
-def whole(file: Path) -> bool:
+def whole(file: Path, about: dict) -> bool:
     """Whether a chunk is there as it was written; a broken one is made again."""
     try:
-        read_pairs(file)
+        read_pairs(file, about)
     except ValueError:
         return False
     return True
@@ -135,13 +142,14 @@ def main(argv: list[str] | None = None):
         "segments": args.segments,
         "shape": list(pipeline.latent()),
     }
+    about = json.loads(json.dumps(about))  # as it will be read
     captions_of(pipeline, lines, 1, 0)  # before anything is written
-    begin_folder(args.out, json.loads(json.dumps(about)))
+    begin_folder(args.out, about)
     bar = tqdm(total=args.number, unit="pair", unit_scale=True, desc="pairs")
     with bar:
         for i in range(-(-args.number // args.chunk)):
             file = args.out / f"{i:05d}.safetensors"
-            if whole(file):
+            if whole(file, about):
                 rows = min(args.chunk, args.number - i * args.chunk)
                 bar.initial += rows  # made before: the speed leaves it out
                 bar.update(rows)

@@ -319,7 +319,7 @@ COLUMNS = pa.schema(
 )
 
 
-def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form) -> list[Path]:
+def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form, made):
     """This part's chunks that are missing, or whose bad rows were repaired. → all .json files.
 
     Threads read and decode (`read`), the device encodes whole batches of one size (`encode`), and a
@@ -420,7 +420,7 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form)
             else:
                 file.unlink(missing_ok=True)  # nobody may finish with the old one
                 places = enumerate(numbers, i * args.chunk_rows)
-                entry = write_chunk(file, *encode_all(places))
+                entry = write_chunk(file, *encode_all(places), made)
             seen += len(numbers)
             bad += bad_rows(entry)
             if len(bad) > args.bad_limit * max(seen, FEW_ROWS):
@@ -459,16 +459,18 @@ def bad_rows(entry: dict) -> list[dict]:
     return [row for row in entry["left_out"] if row["kind"] == "bad"]
 
 
-def write_chunk(file: Path, rows: list[dict], left_out: list[dict]) -> dict:
+def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str) -> dict:
     """The .arrow of one record batch, then the .json: so a chunk is whole if its .json is there.
 
     Rows are sorted by split and bucket, so each bucket is one range of the chunk and the manifest
     stays small. rows: the columns, and "where", (split, height, width); the list is emptied to free
-    memory. → the .json.
+    memory. made: see Manifest. → the .json.
     """
     rows.sort(key=lambda row: row["where"])
     for row in rows:
-        row["checks"] = row_checks(*(row[k] for k in ("image", "captions", "text", "t_index")))
+        _, *size = row["where"]
+        kept = (row[key] for key in ("image", "captions", "text", "t_index"))
+        row["checks"] = row_checks((made, int(file.stem), *size), *kept)
     counts, ranges, first = Counter(row["where"] for row in rows), [], 0
     batch, sink = pa.RecordBatch.from_pylist(rows, COLUMNS), pa.BufferOutputStream()
     rows.clear()  # memory
@@ -614,6 +616,8 @@ def main(argv: list[str] | None = None):
     for file, join in zip(args.with_, joins, strict=True):
         if "row" not in join.column_names or not pa.types.is_integer(join["row"].type):
             raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
+        if source.image in join.column_names:
+            raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
     columns = sorted({*source.columns}.union(*(join.column_names for join in joins)))
     captions = caption_columns(args, columns)
     for column in (*captions, args.latent or source.image):
@@ -638,17 +642,19 @@ def main(argv: list[str] | None = None):
     text = text_encoder(args.text_encoder, tokens, device)
     form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)
     facts = same_settings(args, source)
+    made = f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
     manifest = args.out / "manifest.json"
     if manifest.exists() and not all(there(args.out, c) for c in read_json(manifest)["chunks"]):
         manifest.unlink()  # a broken chunk was deleted: it is made again
     if not manifest.exists():
-        files = make_chunks(args, source, joins, captions, buckets, vae, text, form)
+        files = make_chunks(args, source, joins, captions, buckets, vae, text, form, made)
         if not all(file.exists() for file in files):
             print(f"this part is done; the last part to end writes {manifest}")
             return
         kind = "latents" if args.latent else vae.kind
         facts |= {
             "schema": SCHEMA,
+            "made": made,
             "size": size,
             "noise_seed": args.seed,
             "text_tokens": tokens,
