@@ -162,7 +162,7 @@ class Settings(DataOptions):
     # More guidance is read more surely and varies less. Most variety is lost near the noise, where
     # the form of a digit is decided: so there is none above cfg_below (rf.integrate).
     cfg: float = option(
-        1.8, "guidance: above 1 closer to the caption", least=-100, most=100, group="pictures"
+        1.7, "guidance: above 1 closer to the caption", least=-100, most=100, group="pictures"
     )
     cfg_below: float = option(0.8, "guidance at times t up to this alone", least=0, most=1)
     solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
