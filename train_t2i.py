@@ -673,7 +673,8 @@ class Run:
         except (pydantic.ValidationError, TypeError, AssertionError) as error:
             said = ": ".join(f"{error}".splitlines()[1:3]) or str(error)
             raise ValueError(f"{settings.ds_config} is refused by DeepSpeed: {said}") from error
-        # Choose the captions of the evaluations; open the log, which rank 0 writes.
+        # Choose the captions of the evaluations, once: so pictures of one prompt can be compared
+        # over the run. Open the log, which rank 0 writes.
         self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
@@ -816,7 +817,11 @@ class Run:
         self.evals, self.log.rows = record["evals"], record["log"]
 
     def open(self):
-        """Bring the run's files to the state of the checkpoint, or of the start: later rows go."""
+        """Bring the run's files to the state of the checkpoint, or of the start: later rows go.
+
+        Steps after the checkpoint are made again, and with them their rows of the log. Without this
+        a resumed run would hold them twice.
+        """
         settings, out = self.settings, self.settings.out
         if self.ranks.rank == 0:
             if not self.seen:
@@ -963,7 +968,8 @@ def part_of_row(pieces: list[torch.Tensor], first: int, size: int) -> torch.Tens
 def launch(typed: dict):
     """Everything before and after the loop. All checks come before the first file of the run is
     written, and an old run is moved away only when they have passed."""
-    # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop.
+    # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop. All ranks look
+    # at the same folder, so they come to the same answer without asking each other.
     ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
     claim(out, "train_t2i.py")
     present, record = checkpoints(out / "checkpoints"), None
@@ -980,7 +986,8 @@ def launch(typed: dict):
     device, stage = local_device(), typed.get("stage")
     if stage is not None:  # each run has a folder of its own there
         stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
-    # 2. Combine the settings of the command line, the checkpoint and the data; open the data.
+    # 2. Combine the settings of the command line, the checkpoint and the data; open the data. Only
+    # headers are read here: how large pictures are, which encoders made them, how many rows.
     saved = record["settings"] if record else {}
     # The default of --precision depends on the machine, but a resumed run keeps what it had.
     own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
@@ -1013,7 +1020,11 @@ def launch(typed: dict):
 
 
 def finish(run: Run):
-    """Write the averaged weights as safetensors, for programs that do not use DeepSpeed."""
+    """Write the averaged weights as safetensors, for programs that do not use DeepSpeed.
+
+    Rank 0 reads them from the shards of the last checkpoint, in host memory. No GPU need hold them
+    whole, and the other ranks have nothing to do.
+    """
     settings, out = run.settings, run.settings.out
     if run.ranks.rank == 0:
         model, _ = open_checkpoint(out)
