@@ -86,6 +86,7 @@ def test_a_grid_is_not_run_twice(tmp_path, monkeypatch, capsys, dataset):
     losses = table[table.lr < 1].groupby(["width", "seed"]).loss
     assert losses.nunique().tolist() == [1, 1, 2, 2]  # the first width is muP's base
     assert table.loss[12] != table.loss[0]
+    assert "base" in table and "rows" in table  # other widths or images are other cells
     assert re.search(rf" {losses.last()[64, 0]:.4g} +inf +0.004\n", printed)  # the best rate last
     assert (tmp_path / f"lr_transfer_{dataset}.png").stat().st_size > 10_000
 

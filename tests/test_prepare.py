@@ -387,11 +387,13 @@ def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
         ("--latent z", "has no column z; there are: file_name, label, text"),
         ("--with joined", "--with joined must have a column row"),
         ("--with none", "No such file"),
+        ("--with images", "must not have a column file_name, the images'"),
     ],
 )
 def test_wrong_options_say_so(tmp_path, monkeypatch, capsys, extra, reason):
     monkeypatch.chdir(tmp_path)
     prepare.write_table(Path("joined"), {"number": [1]})
+    prepare.write_table(Path("images"), {"row": [1], "file_name": ["1.png"]})
     refused(capsys, reason, folder(tmp_path / "source", 4), Path("data"), *extra.split())
     assert not Path("data").exists()
 

@@ -291,6 +291,7 @@ def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
         ("--init nowhere", "nowhere holds no weights: train it first"),
         ("--ds-config nowhere", "--ds-config nowhere cannot be read"),
         ("--anneal 1.5", "--anneal 1.5 must be at most 1"),
+        ("--stage here", "--stage is for the folders of tools.prepare: drop it"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     ],
 )
@@ -309,6 +310,11 @@ def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
     for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     assert wanted in refused(t2i, capsys)
+    alone = {"WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for bad in ({"RANK": 5}, {"RANK": "x"}, {"LOCAL_RANK": "x"}):  # would wait for ever
+        for key, value in (alone | {"RANK": 0} | bad).items():
+            monkeypatch.setenv(key, str(value))
+        assert "must be numbers, RANK < WORLD_SIZE" in refused(t2i, capsys)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
 
