@@ -109,7 +109,7 @@ def write_rows(path: Path | None, rows: list[dict]):
 
 def append_row(path: Path | None, row: dict):
     if path is not None:
-        new = not path.exists()
+        new = not path.exists() or path.stat().st_size == 0
         if not new:
             with open(path, "rb") as file:
                 head = file.readline().decode().strip().split(",")

@@ -3,16 +3,17 @@
 AdamW moves every entry of a matrix by about the same amount. The step of a matrix is then dominated
 by a few directions that many samples share, and rare directions hardly move. Muon (Jordan et al.
 2024, kellerjordan.github.io/posts/muon) keeps the directions of the momentum and makes them equally
-large: from its singular value decomposition U Σ Vᵀ it takes U Vᵀ. The same pictures are reached in
-fewer steps (docs/recipes.md measures how many), and one moment is kept instead of two.
+large: from its singular value decomposition U Σ Vᵀ it takes U Vᵀ. So rare directions are learned as
+fast as frequent ones (docs/recipes.md has what it gave), and one moment is kept instead of two.
 
     m ← 0.95·m + 0.05·gradient                       the momentum
     u = 0.95·m + 0.05·gradient                       a look ahead (Nesterov)
     W ← W − rate·√(out/in)·orthogonal(u)             out x in: the shape of W
 
-√(out/in) is muP for Muon. An orthogonal matrix changes an output of typical size 1 by √(in/out), so
-every layer's output moves by `rate` a step at every width (spectral condition: Yang et al. 2023,
-2310.17813). So the rate of a narrow network is that of a wide one.
+√(out/in) is muP for Muon. From an input whose values are about 1, an orthogonal matrix makes an
+output whose values are at most about √(in/out). So with the factor every layer's output moves by at
+most about `rate` a step, at every width (spectral condition: Yang et al. 2023, 2310.17813), and the
+rate of a narrow network is that of a wide one.
 
 Muon takes the matrices inside the network, of role "hidden" in mmdit.py. First and last layers,
 modulations, biases and tables stay with AdamW, as its authors advise: their inputs or outputs are

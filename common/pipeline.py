@@ -258,13 +258,13 @@ def settle_run(
     A run that starts from another takes its network and encoders, and its time shift made fit for
     the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
     """
-    places = [*typed.get("data", ()), *([typed["data_dir"]] if "data_dir" in typed else ())]
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
     out, first = Path(os.path.realpath(typed.get("out", cls.out))), typed.get("init")
     replaced = (out, out.with_name(f"{out.name}.old"))  # move_away
-    for given in (*places, *([first] if first else ())):
+    read = [*typed.get("data", ()), typed.get("data_dir"), first]  # what a run reads
+    for given in filter(None, read):
         if any(Path(os.path.realpath(given)).is_relative_to(place) for place in replaced):
             raise ValueError(f"{given} lies in --out, which is replaced: choose another --out")
     init = read_facts(first) if first and not saved else {}

@@ -247,7 +247,8 @@ def program(name: str):
                     if isinstance(error, RuntimeError) and not any(w in said for w in SHORTAGE):
                         raise  # a mistake of ours
                     said = f"too little memory: lower the batch, the size or the network ({said})"
-                if local_rank.strip("0").isdecimal() and not isinstance(error, OSError):
+                others = local_rank.isdecimal() and int(local_rank) > 0  # "x" is an error to tell
+                if others and not isinstance(error, OSError):
                     sys.exit(1)
             for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to it
                 bar.close()
