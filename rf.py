@@ -278,7 +278,7 @@ def guided_velocity(
     t: Tensor,
     text: Tensor,
     null_text: Tensor | None = None,
-    cfg: float = 1.0,
+    cfg: float | Tensor = 1.0,
 ) -> Tensor:
     """v_null + cfg·(v_text − v_null): classifier-free guidance (Ho & Salimans 2022, 2207.12598).
 
@@ -290,9 +290,9 @@ def guided_velocity(
 
     cfg = 1 gives the conditional velocity and needs no null_text, cfg = 0 the unconditional one.
     For every cfg but 1, v_text and v_null are computed in one batch of 2B: one forward pass keeps a
-    GPU busier than two. null_text (1 or B, ...) like text.
+    GPU busier than two. null_text (1 or B, ...) like text. cfg may be a tensor, (B, 1, ...).
     """
-    if cfg == 1:
+    if not isinstance(cfg, Tensor) and cfg == 1:
         return model(x, t, text)
     if null_text is None:
         raise ValueError(f"cfg = {cfg} needs null_text, the encoded empty caption")

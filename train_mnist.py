@@ -25,6 +25,7 @@ loader, and evaluations while it trains.
 import io
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -262,9 +263,19 @@ def annealing(settings: Settings, step: int) -> float:
 # ------------------------------------------------------------------------------------------------
 
 
-def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int, path: Path):
+def train(
+    model: MMDiT,
+    adamw,
+    rows: Rows,
+    settings: Settings,
+    log: Log,
+    step: int,
+    path: Path,
+    one_step: Callable | None = None,
+) -> int:
     """The loop, from `step` to the end. → the step at which it ended.
 
+    one_step: in place of train_step (experiments/distill.py).
     Ctrl-C and SIGTERM end it after the step under way, with a checkpoint. Raises FloatingPointError
     if a loss or gradient was not finite; weights after such a step are never saved.
     """
@@ -279,7 +290,7 @@ def train(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: i
     with bar, Signals() as signals:
         request = NOTHING
         while step < settings.steps and request != STOP:
-            loss, norm = train_step(model, adamw, rows, settings, step, generator)
+            loss, norm = (one_step or train_step)(model, adamw, rows, settings, step, generator)
             log.add(loss)
             lr = settings.lr * learning_rate(settings, step)
             step += 1

@@ -74,6 +74,18 @@ def write_whole(path: Path, content: bytes | memoryview):
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
+def sweep(*folders: Path):
+    """Delete what killed processes of this machine left of write_whole."""
+    for left in (file for folder in folders for file in folder.glob(".*.*")):
+        if left.suffix[1:].isdecimal() and left.is_file() and os.name == "posix":
+            try:
+                os.kill(int(left.suffix[1:]), 0)  # asks whether there is such a process
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except OSError:  # of another user
+                pass
+
+
 def intact(file: Path) -> Path:
     """One of torch's files, if it is whole. OSError if it is not.
 
@@ -158,9 +170,8 @@ def owned(folder: Path, program: str, what: str = "--out"):
             ) from error
         except OSError:  # a file system without locks
             pass
-        for left in folder.glob(".*.*") if ours else ():  # by a kill, of write_whole
-            if left.suffix[1:].isdecimal() and left.is_file():
-                left.unlink()
+        if ours:
+            sweep(folder)
         yield folder
 
 

@@ -15,7 +15,6 @@ and runs that are there already stay, and one that was stopped goes on: give the
 (RF++, 2405.20320), a row a seed, in ablate.csv.
 """
 
-import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -31,7 +30,7 @@ import train_mnist
 from common import pictures
 from common.pipeline import Pipeline, read_facts
 from common.settings import Options, option, parse
-from common.start import begin, choose_device, program
+from common.start import begin, choose_device, move_away, owned, program, write_whole
 from experiments.digit_score import Judge
 from mmdit import PRESETS
 from tools import pairs
@@ -220,7 +219,7 @@ class Settings(Options):
     samples: int = option(1000, "that the CNN reads", least=2)
     cache: Path = option(Path("runs/readers"), "where CNNs are kept")
     seed: int = option(0, "of pairs and training", least=0)
-    overwrite: bool = option(False, "begin anew: delete RUN/reflow")
+    overwrite: bool = option(False, "begin anew; what is there becomes RUN/reflow.old")
     device: str = option("auto", "auto, cpu, mps or cuda")
 
 
@@ -231,18 +230,18 @@ def main(argv: list[str] | None = None):
     begin(device)
     source = read_facts(args.run)["source"]
     judge = Judge(source, args.data_dir, args.cache, args.samples, device)
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
-    if args.ablate:
-        table, path = ablate(args, folder, judge), folder / "ablate.csv"
-    else:
-        stages, path = build_stages(args, folder), folder / "reflow.csv"
-        pipelines = {name: Pipeline.open(run, device) for name, run in stages.items()}
-        table = pd.concat([score_stage(*each, judge) for each in pipelines.items()])
-        plot(table, folder / "reflow.png")
-        plot_strip(pipelines, judge, folder / "strip.png")
-    table.to_csv(path, index=False)
+    if args.overwrite and folder.exists():
+        move_away(folder, "experiments.reflow")
+    with owned(folder, "experiments.reflow", "RUN/reflow"):
+        if args.ablate:
+            table, path = ablate(args, folder, judge), folder / "ablate.csv"
+        else:
+            stages, path = build_stages(args, folder), folder / "reflow.csv"
+            pipelines = {name: Pipeline.open(run, device) for name, run in stages.items()}
+            table = pd.concat([score_stage(*each, judge) for each in pipelines.items()])
+            plot(table, folder / "reflow.png")
+            plot_strip(pipelines, judge, folder / "strip.png")
+        write_whole(path, table.to_csv(index=False).encode())
     print(f"wrote {path} and what else is in {folder}")
 
 

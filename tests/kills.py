@@ -134,6 +134,7 @@ def main(argv=None):
     )
     parser.add_argument("--kills", type=int, default=50, help="of each program")
     parser.add_argument("--each", type=int, default=5, help="kills of one run before it may end")
+    parser.add_argument("--only", default="", help="programs whose name begins so")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as home:
@@ -142,7 +143,8 @@ def main(argv=None):
         pictures(home / "source", 60)
         exported(home / "first", DIGITS)
         print(f"{'program':20}{'kills':>7}{'too late':>10}{'runs':>7}{'one takes, s':>14}")
-        for name, what in programs(home).items():
+        chosen = {k: v for k, v in programs(home).items() if k.startswith(args.only)}
+        for name, what in chosen.items():
             kills = -(-args.kills // 2) if "rank" in name else args.kills
             moments = random.Random(f"{args.seed} {name}")
             print(attack(name, what, home, kills, args.each, moments), flush=True)

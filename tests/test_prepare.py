@@ -388,12 +388,16 @@ def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
         ("--with joined", "--with joined must have a column row"),
         ("--with none", "No such file"),
         ("--with images", "must not have a column file_name, the images'"),
+        ("--with twice", "--with twice must have each row once, from 0 to 3"),
+        ("--with beyond", "--with beyond must have each row once, from 0 to 3"),
     ],
 )
 def test_wrong_options_say_so(tmp_path, monkeypatch, capsys, extra, reason):
     monkeypatch.chdir(tmp_path)
     prepare.write_table(Path("joined"), {"number": [1]})
     prepare.write_table(Path("images"), {"row": [1], "file_name": ["1.png"]})
+    prepare.write_table(Path("twice"), {"row": [1, 1]})
+    prepare.write_table(Path("beyond"), {"row": [1, 4]})
     refused(capsys, reason, folder(tmp_path / "source", 4), Path("data"), *extra.split())
     assert not Path("data").exists()
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from itertools import product
 
@@ -81,11 +82,23 @@ def test_a_stage_that_was_stopped_goes_on(run, monkeypatch, capsys):
         reflowed(run, *options)
         weights.append((folder / "second" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+    older = run / "reflow.old" / "second" / "model.safetensors"
+    assert older.read_bytes() == weights[0]
     with pytest.raises(SystemExit):
         reflowed(run, "--time", "uniform")
     assert "--time uniform differs from the run to resume, which has u_shaped" in (
         capsys.readouterr().err
     )
+
+
+def test_a_folder_of_others_is_left_alone(run, tmp_path, capsys):
+    mine = tmp_path / "other" / "reflow" / "mine.txt"
+    shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("reflow*"))
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for options in ((), ("--overwrite",)):
+        line = refused(reflow.main, capsys, tmp_path / "other", *QUICK, *options)
+        assert "holds other files" in line and mine.read_text() == "mine"
 
 
 def test_the_ablation_has_a_row_a_seed(run, capsys):

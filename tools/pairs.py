@@ -25,7 +25,7 @@ from tqdm import tqdm
 import rf
 from common.pipeline import HOW, Pipeline, Sampling
 from common.settings import option, parse, read_json
-from common.start import claim, mark, program, read_lines, write_whole
+from common.start import claim, mark, program, read_lines, sweep, write_whole
 from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
 from inputs.shapes import TAGS, World, draw_caption
 
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None):
             else:
                 content = chunk_bytes(pipeline, about, lines, i, args.batch or 128, bar)
                 write_whole(file, content)
+    sweep(args.out)
     print(f"{args.out} holds {args.number:,} pairs")
 
 

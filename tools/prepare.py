@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import rf
 from common.settings import Checked, Natural, Options, flag, option, parse, read_json, rule
-from common.start import begin, choose_device, claim, line_of, mark, program, write_whole
+from common.start import begin, choose_device, claim, line_of, mark, program, sweep, write_whole
 from inputs.encoders import TextFormat, image_encoder, text_encoder
 from inputs.rows import SCHEMA, TIMES, Chunk, Manifest, Range, row_checks
 
@@ -618,6 +618,13 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
         if source.image in join.column_names:
             raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
+        rows = join["row"].to_numpy()
+        last = len(source.table) - 1 if hasattr(source.table, "__len__") else rows.max(initial=0)
+        if len(np.unique(rows)) < len(rows) or ((rows < 0) | (rows > last)).any():
+            raise ValueError(
+                f"--with {file} must have each row once, from 0 to {last}, SOURCE's last: was it"
+                " made from another SOURCE?"
+            )
     columns = sorted({*source.columns}.union(*(join.column_names for join in joins)))
     captions = caption_columns(args, columns)
     for column in (*captions, args.latent or source.image):
@@ -651,6 +658,7 @@ def main(argv: list[str] | None = None):
         if not all(file.exists() for file in files):
             print(f"this part is done; the last part to end writes {manifest}")
             return
+        sweep(args.out, args.out / "chunks")
         kind = "latents" if args.latent else vae.kind
         facts |= {
             "schema": SCHEMA,
