@@ -93,7 +93,7 @@ class Settings(Options):
     muon_lr: float = option(0.02, "Muon's rate", least=0)
     data_dir: Path = option(Path("data"), "of MNIST or CIFAR-10")
     seed: int = option(1, "of noise and captions; the teacher's would repeat what it saw", least=0)
-    out: Path = option(None, "folder of the student's run (RUN with its number of steps)")
+    out: Path | None = option(None, "folder of the student's run (RUN with its number of steps)")
     resume: bool = option(False, "go on with the student in --out")
     device: str = option("auto", "auto, cpu, mps or cuda")
 
