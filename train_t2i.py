@@ -82,6 +82,7 @@ from common.settings import option, parse, read_json
 from common.start import (
     NOTHING,
     SAVE,
+    SHORTAGE,
     STOP,
     Signals,
     begin,
@@ -378,7 +379,16 @@ def _leave_signals_to_the_trainer(worker: int):
 # number of GPUs and passes.
 
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+
+
+def told(*names: str) -> int:
+    """The first of these numbers that the environment has; else 1. ValueError if it is none."""
+    name = next((name for name in names if os.environ.get(name)), "")
+    value = os.environ.get(name, "1")
+    if not value.isdecimal():
+        raise ValueError(f"{name} {value!r} in the environment must be a number: unset it")
+    return int(value)
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -391,7 +401,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     if find_spec("deepspeed") is None:  # chapter 1 does without it
         raise ValueError("deepspeed is not installed: pip install -r requirements.txt")
     if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        if told("SLURM_NTASKS") > 1:
             raise ValueError("several Slurm tasks without RANK: see the srun line in docs/gpu.md")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -401,10 +411,10 @@ def start_ranks(threads: int | None = None) -> Ranks:
     lacks = [key for key in LAUNCHED if not os.environ.get(key)]
     if lacks:
         raise ValueError(f"the launcher has set RANK, but not {', '.join(lacks)}: see docs/gpu.md")
-    numbers = [os.environ[key] for key in LAUNCHED[:3]]
+    numbers = [os.environ[key] for key in LAUNCHED[:4]]
     if not all(n.isdecimal() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
         raise ValueError(
-            f"RANK, WORLD_SIZE, LOCAL_RANK {' '.join(numbers)} must be numbers, RANK < WORLD_SIZE"
+            f"{', '.join(LAUNCHED[:4])} {' '.join(numbers)} must be numbers, RANK < WORLD_SIZE"
         )
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
@@ -413,7 +423,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = local_device()
     if device.type == "cpu":  # two ranks with all cores each would slow each other down
-        local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))))
+        local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
     deepspeed.init_distributed(verbose=False)
@@ -430,6 +440,8 @@ def local_device() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
+    if not accelerator.is_available():  # named by DS_ACCELERATOR
+        raise ValueError(f"DS_ACCELERATOR {accelerator.device_name()} is not here: unset it")
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
 
@@ -461,13 +473,15 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
             raise ValueError(f'{file}: "{section}" must be an object')
     # With stage 3 (split weights) or offloaded states, averages and weights would not lie side by
     # side on this device, and exchange_averages could not swap them. fp16 would need a loss scale.
+    # Round-robin gradients lay a group's row in another order than load_checkpoint and Muon know.
     zero = config["zero_optimization"]
     if zero.get("stage") not in (1, 2):
         raise ValueError(
-            f'{file}: "stage" {zero.get("stage")} must be 2 (or 1): part 3 of train_t2i.py'
+            f'{file}: "stage" {zero.get("stage")!r} must be 2 (or 1): part 3 of train_t2i.py'
         )
-    for key, holder in {"offload_optimizer": zero, "fp16": config}.items():
-        if key in holder:
+    refused = dict.fromkeys(("offload_optimizer", "cpu_offload", "round_robin_gradients"), zero)
+    for key, holder in (refused | dict.fromkeys(("fp16", "torch_autocast"), config)).items():
+        if holder.get(key, False) is not False:
             raise ValueError(f'{file}: "{key}" is not supported here: take it out')
     batch, micro = settings.batch_size, settings.micro_batch
     if micro is None:  # the largest pass that divides a rank's share
@@ -492,7 +506,7 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
     for key, value in wanted.items():
         if config.get(key, "auto") not in ("auto", value):
             raise ValueError(
-                f"{file}: {key} {config[key]} contradicts the command line, which gives {value}"
+                f"{file}: {key} {config[key]!r} contradicts the command line, which gives {value}"
                 f' ({batch} = {micro} x {ranks} ranks x {passes}): write "auto" there'
             )
     bf16 = config["bf16"]
@@ -670,8 +684,12 @@ class Run:
                 config=config,
                 dist_init_required=False,
             )
-        except (pydantic.ValidationError, TypeError, AssertionError) as error:
-            said = ": ".join(f"{error}".splitlines()[1:3]) or str(error)
+        except Exception as error:  # a dozen kinds, for what it was told or what is not installed
+            said = line_of(error)
+            if any(word in said for word in SHORTAGE):
+                raise
+            if isinstance(error, pydantic.ValidationError):
+                said = ": ".join(f"{error}".splitlines()[1:3])
             raise ValueError(f"{settings.ds_config} is refused by DeepSpeed: {said}") from error
         # Choose the captions of the evaluations, once: so pictures of one prompt can be compared
         # over the run. Open the log, which rank 0 writes.
@@ -985,7 +1003,7 @@ def launch(typed: dict):
         )
     device, stage = local_device(), typed.get("stage")
     if stage is not None:  # each run has a folder of its own there
-        stage = stage / f"t2i-{zlib.crc32(str(out).encode()):08x}"
+        stage = stage / f"t2i-{zlib.crc32(os.path.realpath(out).encode()):08x}"
     # 2. Combine the settings of the command line, the checkpoint and the data; open the data. Only
     # headers are read here: how large pictures are, which encoders made them, how many rows.
     saved = record["settings"] if record else {}
@@ -994,18 +1012,19 @@ def launch(typed: dict):
     settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
     if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
-    # 3. Data on slow storage: copy chunks before they are used.
-    copier = None
     if stage is not None and not any(source.ranges for source in rows.sources):
         raise ValueError("--stage is for the folders of tools.prepare: drop it")
-    if stage is not None:  # before Run, which reads held-out rows from there
-        if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
-            copier = Copier(rows, settings.stage_limit * 1e9)
-        dist.barrier(group=ranks.group)
-    # 4. Network, optimizer, DeepSpeed; the checkpoint; the loop.
     with ExitStack() as around:
-        if copier is not None:
-            around.callback(copier.close)
+        # 3. Data on slow storage: copy chunks before they are used.
+        copier = None
+        if stage is not None:  # before Run, which reads held-out rows from there
+            if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
+                # A copier empties the folder first: not while another run reads from it.
+                around.enter_context(owned(stage, "train_t2i.py --stage", "--stage"))
+                copier = Copier(rows, settings.stage_limit * 1e9)
+                around.callback(copier.close)
+            dist.barrier(group=ranks.group)
+        # 4. Network, optimizer, DeepSpeed; the checkpoint; the loop.
         run = Run(settings, rows, ranks, record)
         run.copier = copier
         if record:

@@ -259,7 +259,7 @@ def program(name: str):
                         raise  # a mistake of ours
                     said = f"too little memory: lower the batch, the size or the network ({said})"
                 others = local_rank.isdecimal() and int(local_rank) > 0  # "x" is an error to tell
-                if others and not isinstance(error, OSError):
+                if others and "RANK" in os.environ and not isinstance(error, OSError):
                     sys.exit(1)
             for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to it
                 bar.close()

@@ -147,6 +147,7 @@ LITTLE = "too little memory: lower the batch, the size or the network"
         (ValueError("a worker's\ntraceback\n\nthe reason\n"), "0", "0", "it: the reason\n"),
         (FloatingPointError("nan"), "4", "0", "it: nan (rank 4)\n"),
         (ValueError("every rank knows"), "1", "1", ""),
+        (ValueError("no launcher"), None, "1", "it: no launcher\n"),
         (OSError("this disk alone"), "5", "1", "it: this disk alone (rank 5)\n"),
         (KeyboardInterrupt(), "0", "0", "it: interrupted; every file is whole\n"),
         (MemoryError("no"), "0", "0", f"it: {LITTLE} (no)\n"),
@@ -155,8 +156,10 @@ LITTLE = "too little memory: lower the batch, the size or the network"
     ],
 )
 def test_errors_end_in_one_line(monkeypatch, capsys, error, rank, local_rank, said):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
 
     @start.program("it")
     def main(argv=None):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,19 @@ def test_two_processes_do_not_train_in_one_folder(home, tmp_path, capsys):
             said = refused(train_mnist.main, capsys, *options("mnist", home, out, how))
             assert f"--out {out} is in use by another process" in said
     call(train_mnist.main, *options("mnist", home, out, "--resume"))
+
+
+def test_a_refused_run_leaves_the_stage_of_the_running_one(home, tmp_path, capsys, monkeypatch):
+    """Two runs have two folders there, also if both are called `run`."""
+    name = f"t2i-{zlib.crc32(os.path.realpath(tmp_path / 'run').encode()):08x}"
+    monkeypatch.chdir(tmp_path)
+    how = [*QUICK["t2i"].split(), "--data", home / "data", "--stage", "stage", "--out", "run"]
+    with start.owned(tmp_path / "stage" / name, "train_t2i.py --stage"):
+        (tmp_path / "stage" / name / "0.arrow").touch()
+        before = content(tmp_path)
+        said = refused(t2i, capsys, *how)
+        assert "--stage" in said and "is in use by another process" in said
+        assert content(tmp_path) == before
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from helpers import (
     SHAPES,
     call,
@@ -247,6 +248,7 @@ def test_every_recipe_fits_its_network(preset):
     assert config.patch_values <= config.dim and size == config.max_grid * config.patch_size
 
 
+TURNING = {"stage": 2, "round_robin_gradients": True}
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
@@ -263,6 +265,10 @@ OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         ({}, 1, {"zero_optimization": {"stage": 3}}, '"stage" 3 must be 2'),
         ({}, 1, {"zero_optimization": OFFLOADED}, '"offload_optimizer" is not supported'),
         ({}, 1, {"fp16": {}}, '"fp16" is not supported here: take it out'),
+        ({}, 1, {"zero_optimization": TURNING}, '"round_robin_gradients" is not supported'),
+        ({}, 1, {"zero_optimization": {"stage": 2, "cpu_offload": True}}, '"cpu_offload" is not'),
+        ({}, 1, {"torch_autocast": {"enabled": True}}, '"torch_autocast" is not supported'),
+        ({}, 1, {"zero_optimization": {"stage": "2"}}, "\"stage\" '2' must be 2"),
         ({}, 1, {"bf16": {"enabled": True}}, "bf16 contradicts --precision fp32"),
     ],
 )
@@ -303,20 +309,40 @@ def test_bad_options_end_in_one_line(tmp_path, capsys, options, message):
 
 def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_NTASKS", "abc"), ("LOCAL_WORLD_SIZE", "x")):
+        monkeypatch.setenv(name, value)
+        assert f"{name} '{value}' in the environment must be a number" in refused(t2i, capsys)
+        monkeypatch.setenv(name, "")  # as good as none
+        monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert "several Slurm tasks without RANK: see the srun line" in refused(t2i, capsys)
     monkeypatch.setenv("RANK", "0")
-    wanted = "the launcher has set RANK, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    wanted = "the launcher has set RANK, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR"
     for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     assert wanted in refused(t2i, capsys)
     alone = {"WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
-    for bad in ({"RANK": 5}, {"RANK": "x"}, {"LOCAL_RANK": "x"}):  # would wait for ever
+    for bad in ({"RANK": 5}, {"LOCAL_RANK": "x"}, {"MASTER_PORT": "x"}):  # would wait for ever
         for key, value in (alone | {"RANK": 0} | bad).items():
             monkeypatch.setenv(key, str(value))
         assert "must be numbers, RANK < WORLD_SIZE" in refused(t2i, capsys)
+    for key, value in (alone | {"RANK": 0}).items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "tpu")
+    monkeypatch.setattr(get_accelerator(), "is_available", lambda: False)
+    assert "DS_ACCELERATOR tpu is not here: unset it" in refused(t2i, capsys)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
+
+
+@pytest.mark.parametrize("key", ["elasticity", "nebula"])
+def test_what_deepspeed_refuses_ends_in_one_line(tmp_path, capsys, key):
+    path = tmp_path / "ds.json"
+    text = json.loads(Settings.ds_config.read_text()) | {key: {"enabled": True}}
+    path.write_text(json.dumps(text))
+    assert f"{path} is refused by DeepSpeed: " in refuses(
+        capsys, tmp_path / "run", "--ds-config", path
+    )
 
 
 def of_other_rows(file):
