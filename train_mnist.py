@@ -38,7 +38,7 @@ from common import pictures
 from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, LogRow, append_row, device_peak, progress_bar, show, write_rows
 from common.muon import use_muon
-from common.pipeline import Pipeline, run_facts, settle_run
+from common.pipeline import Pipeline, drop_export, run_facts, settle_run
 from common.settings import Checked, Count, fitting, option, parse
 from common.start import (
     NOTHING,
@@ -511,8 +511,10 @@ def main(argv: list[str] | None = None):
         log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
         write_rows(log.path, log.rows)
         # 5. Train, and write the results, also those of a run that was stopped.
-        path = folder / "checkpoint.pt"
-        step = train(model, adamw, rows, settings, log, state.get("step", 0), path)
+        path, step = folder / "checkpoint.pt", state.get("step", 0)
+        if step < settings.steps:
+            drop_export(folder)
+        step = train(model, adamw, rows, settings, log, step, path)
         finish(model, adamw, rows, settings, log, step, folder)
     where = "dry run passed; a run would leave" if settings.dry_run else "wrote"
     print(f"{where} {', '.join(FILES)} in {settings.out} ({time.time() - started:.0f} s)")

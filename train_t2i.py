@@ -70,6 +70,7 @@ from common.pipeline import (
     RUN_FILE,
     Pipeline,
     checkpoints,
+    drop_export,
     load_shard,
     open_checkpoint,
     rank_of,
@@ -845,8 +846,7 @@ class Run:
             if not self.seen:
                 shutil.rmtree(out / "strips", ignore_errors=True)  # of a start without a checkpoint
             if self.seen < settings.samples:
-                for name in ("model.safetensors", "config.json"):  # exported at an earlier stop
-                    (out / name).unlink(missing_ok=True)
+                drop_export(out)
             write_rows(out / "eval.csv", self.evals)
             write_rows(out / "log.csv", self.log.rows)
 

@@ -9,6 +9,7 @@ from exported weights, or from AuraFlow's release.
 Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees of an image.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -248,6 +249,12 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     return facts | {"source": " ".join(map(str, settings.data))}
 
 
+def drop_export(out: Path):
+    """A run that goes on will be newer than the weights that it exported at an earlier stop."""
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink(missing_ok=True)
+
+
 def settle_run(
     cls: type, typed: dict, saved: dict, device, recipe_of: Callable, stage=None, own=()
 ) -> tuple:
@@ -425,7 +432,7 @@ def open_checkpoint(path: Path, ema: float | None = None) -> tuple[MMDiT, str]:
         name = rf.average_name(width)
         average = read_averages(folder, [name])[name]
     else:
-        kept = checkpoints(folder.parent)
+        kept = checkpoints(folder.resolve().parent) or [folder]
         average = between(kept, record["widths"], record["step"], width)
     try:
         model = MMDiT(MMDiTConfig(**record["model"]))
@@ -439,9 +446,14 @@ def between(kept: list[Path], widths: list[float], step: int, width: float) -> d
     """An average that was never kept, from those of all checkpoints (EDM2, section 3.2).
 
     All averages are weighted sums of the same weights over time. So a sum of stored averages whose
-    weighting is nearest to the wanted one is nearly the wanted average.
+    weighting is nearest to the wanted one is nearly the wanted average. ValueError if one is of
+    another run: then its log does not begin as the others do.
     """
     records = [read_record(folder) for folder in kept]
+    logs = [json.dumps(record["log"])[:-1] for record in records]
+    for folder, log in zip(kept, logs, strict=True):
+        if not max(logs, key=len).startswith(log):
+            raise ValueError(f"{folder} is of another run than those beside it: keep one run there")
     snapshots = [(record["step"], w) for record in records for w in widths]
     shares = iter(rf.posthoc_coefficients(snapshots, step, width))
     total: dict[str, Tensor] = {}

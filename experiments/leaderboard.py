@@ -27,7 +27,7 @@ from statistics import mean
 from common.log import append_row
 from common.pipeline import Pipeline
 from common.settings import Options, option, parse
-from common.start import begin, choose_device, program
+from common.start import begin, choose_device, move_away, program
 from experiments.digit_score import Judge
 from experiments.measure import machine
 from inputs.shapes import World, obeyed, prompts_by_tag, scores
@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None):
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     )
     args = Settings(**parse(Settings, own, __doc__))
+    for word in {"--dry-run", "--help", "-h", "--resume"} & {*rest}:
+        raise ValueError(f"{word} after -- is not a whole run: drop it")
+    if args.out.exists():  # else an older run might be scored
+        move_away(args.out, "train_mnist.py" if args.task == "digits" else "train_t2i.py")
     line = command(args, rest)
     started = time.monotonic()
     done = subprocess.run(line, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

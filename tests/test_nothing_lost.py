@@ -378,7 +378,7 @@ def test_chunks_of_other_rows_are_refused(home, tmp_path):
 
 
 def test_shards_of_another_checkpoint_are_refused(home, tmp_path, capsys):
-    call(t2i, *options("t2i", home, tmp_path / "other", "--seed", 1))
+    call(t2i, *options("t2i", home, tmp_path / "other", "--seed", 1, "--samples", 16))
     out = shutil.copytree(home / "t2i", tmp_path / "run")
     (path,), (other,) = (
         sorted((run / "checkpoints").glob("0*")) for run in (out, tmp_path / "other")
@@ -390,6 +390,11 @@ def test_shards_of_another_checkpoint_are_refused(home, tmp_path, capsys):
         given = [*how, "--out", out] if main is t2i else [*how, "--out", tmp_path / "x.png"]
         assert f"{shard.name} is of another checkpoint" in refused(main, capsys, *given)
     shard.write_bytes(kept)
+    mixed = shutil.copytree(other, path.with_name(other.name))
+    with pytest.raises(ValueError, match="is of another run than those beside it"):
+        Pipeline.open(out, ema=0.07)
+    shutil.rmtree(mixed)
+    Pipeline.open(shutil.copytree(path, tmp_path / "best"), ema=0.07)
     path.rename(path.with_name("000000000099"))
     assert "holds the run.json of 8 samples" in refused(t2i, capsys, "--resume", "--out", out)
 

@@ -224,3 +224,16 @@ def test_bad_options_end_in_one_line(done, quick, tmp_path, capsys, options, mes
     line = refused(train_mnist.main, capsys, *quick, "--out", tmp_path / "run", *how)
     assert line.startswith("train_mnist.py: ") and message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_drops_the_weights_of_its_stop(done, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(done, tmp_path / "run")
+    torch.save(checkpoint(out) | {"step": 40}, out / "checkpoint.pt")
+
+    def killed(*args):
+        raise OSError("killed")
+
+    monkeypatch.setattr(train_mnist, "train", killed)
+    refused(train_mnist.main, capsys, "--resume", "--device", "cpu", "--out", out)
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        Pipeline.open(out)
