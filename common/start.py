@@ -74,6 +74,12 @@ def write_whole(path: Path, content: bytes | memoryview):
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
+def check_free(path: Path):
+    """ValueError if --out is there: it might be what the program reads."""
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"--out {path} must be a new file in a folder that is there")
+
+
 def sweep(*folders: Path):
     """Delete what killed processes of this machine left of write_whole."""
     for left in (file for folder in folders for file in folder.glob(".*.*")):

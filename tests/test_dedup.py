@@ -1,12 +1,14 @@
 """tools/dedup.py and tools/recaption.py: what they write, and what prepare makes of it."""
 
+import shutil
+
 import pyarrow.parquet
 import pytest
 import torch
 import transformers
 from helpers import call, refused
 from PIL import Image
-from test_prepare import captions, pictures, run
+from test_prepare import captions, picture, pictures, run
 from test_tools import word_tokenizer
 from torch.nn.functional import normalize
 
@@ -62,12 +64,23 @@ def test_duplicates_against_a_naive_search(monkeypatch):
     vectors = normalize(torch.randn(2500, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     found, cosines, kept = {}, (vectors @ vectors.T).numpy(), []
     for i, row in enumerate(cosines):
-        near = [j for j in kept if row[j] >= 0.999]
+        near = [j for j in kept if row[j] >= 0.999 - 1e-5]
         if near:
             found[i] = near[0], pytest.approx(row[near[0]], abs=1e-5)
         else:
             kept.append(i)
     assert dedup.duplicates(vectors, 0.999) == found and 100 < len(found) < 2400
+
+
+def test_copies_are_found_to_the_last_and_pictures_of_one_colour(tmp_path):
+    """Also where rounding gives a cosine below 1; white is a copy of white, not of grey."""
+    for i in range(30):
+        picture(i).save(tmp_path / f"{i:02}.png")
+        shutil.copy(tmp_path / f"{i:02}.png", tmp_path / f"{i:02} copy.png")
+    for i, grey in enumerate((255, 255, 128, 0, 0)):
+        Image.new("RGB", (20, 20), (grey,) * 3).save(tmp_path / f"one {i}.png")
+    found = table(dedup, tmp_path, tmp_path / "out.parquet", "--threshold", 1)
+    assert sum(found["drop"]) == 30 + 2 and found["drop"][-5:] == [False, True, False, False, True]
 
 
 def test_a_source_without_pictures_says_so(tmp_path, capsys):

@@ -345,6 +345,7 @@ def test_no_tool_writes_over_what_it_reads(home, tmp_path, capsys):
         (dedup.main, [home / "source", "--out", home / "source/0.png"]),
         (dedup.main, [home / "source", "--out", tmp_path / "no" / "x.parquet"]),
         (enhance.main, [prompts, "--model", "x", "--out", prompts]),
+        (enhance.main, [home / "prompts.jsonl", "--model", "x", "--out", prompts]),
     ):
         before = content(home / "source")
         assert "--out" in refused(main, capsys, *given)

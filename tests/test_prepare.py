@@ -25,7 +25,7 @@ from test_encoders import tiny_t5, tiny_vae
 
 from inputs.encoders import VAE, HashText, text_encoder
 from rf import mix_seed
-from tools import prepare
+from tools import dedup, prepare
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((48, 48), (64, 36), (36, 64))  # width, height: three buckets at --size 16
@@ -260,7 +260,7 @@ def test_the_order_is_shuffled_and_validation_keeps_its_times(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from tools import prepare
+from tools import dedup, prepare
 write, left = prepare.write_whole, [5]
 def write_whole(path, content):
     left[0] -= 1
@@ -324,6 +324,13 @@ def test_columns_are_joined_and_weighed_and_rows_dropped(tmp_path):
     for i, row in found.items():
         assert row["captions"] == [f"number {i}", "b" if i == 3 else None]
         assert [blob is None for blob in row["text"]] == [False, i != 3]
+
+
+def test_a_name_of_a_class_is_not_a_template(tmp_path):
+    (folder(tmp_path / "source", 1) / "class_0").rename(tmp_path / "source/cat {}")
+    how = ["--label", "label", "--label-template", "{a} in {}"]
+    run(tmp_path / "source", tmp_path / "data", *how)
+    assert captions(tmp_path / "data") == {0: ["a cat {} in cat {}"]}
 
 
 @pytest.mark.parametrize(
@@ -408,6 +415,46 @@ def test_other_options_and_a_source_that_grew_are_noticed(tmp_path, capsys):
     refused(capsys, "was begun with --size 16, now it is 20", source, out, "--size", 20)
     pictures(source, 7)
     refused(capsys, "was begun with --source-rows 6, now it is 7", source, out)
+
+
+def test_a_source_that_changed_is_noticed(tmp_path, capsys):
+    """Its files' names give the rows their numbers; what a chunk holds must not be older."""
+    source, out, table = folder(tmp_path / "source", 6), tmp_path / "data", tmp_path / "d.parquet"
+    call(dedup.main, source, "--out", table)
+    first, last = source / "class_0/00.png", source / "class_1/05.png"
+    last.with_suffix(".txt").write_bytes(b"\xff")
+    run(source, out, "--chunk-rows", 2, "--bad-limit", 1, "--with", table)
+    again = source, out, "--chunk-rows", 2, "--bad-limit", 1, "--with", table
+    last.with_suffix(".txt").write_text("repaired")
+    run(*again)
+    first.with_suffix(".txt").write_text("another caption")
+    reason = "class_0/00.txt is newer than"
+    refused(capsys, reason, *again)
+    for chunk in (out / "chunks").glob("*.arrow"):
+        chunk.unlink()
+    run(*again)
+    assert ["another caption"] in captions(out).values() and len(captions(out)) == 6
+    first.rename(first.with_name("zz.png"))
+    refused(capsys, "is of other files than SOURCE has now: make it again", *again)
+    run(source, tmp_path / "new")
+    first.with_name("zz.png").rename(first)
+    refused(capsys, "was begun with --source-files", source, tmp_path / "new")
+    file = csv_file(tmp_path / "csv", 4)
+    run(file, tmp_path / "other")
+    file.write_text(file.read_text().replace("number", "nomber"))
+    refused(capsys, "was begun with --source-files", file, tmp_path / "other")
+
+
+def test_what_else_lies_in_a_folder_of_images(tmp_path, capsys):
+    source = folder(tmp_path / "source", 4)
+    (source / "class_0/04.heic").touch()
+    (source / ".ipynb_checkpoints").mkdir()
+    for name in ("00.png", "a.tar"):
+        (source / ".ipynb_checkpoints" / name).write_bytes(png(0))
+    assert run(source, tmp_path / "data")["rows"]["train"] == 4
+    assert "1 files such as 04.heic are left out: convert them" in capsys.readouterr().out
+    (source / "class_0/backup.tar").write_bytes(bytes(1024))
+    refused(capsys, "holds images and backup.tar: move one away", source, tmp_path / "new")
 
 
 def test_a_folder_of_images_of_any_format(tmp_path):

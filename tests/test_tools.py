@@ -96,6 +96,7 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
         ("half.jsonl", '{"prompt"', "line 1 is no JSON object with a prompt"),
         ("list.jsonl", '["a"]', "line 1 is no JSON object with a prompt"),
         ("number.jsonl", '{"prompt": 1}', "line 1 is no JSON object with a prompt"),
+        ("rows.jsonl", '{"prompt": "a"}', "out.txt must end like"),
         ("good.txt", "a ring", "could not be loaded"),
         ("alone.txt", "a ring", "needs transformers: pip install transformers"),
     ],

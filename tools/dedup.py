@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from common.settings import option, parse
-from common.start import choose_device, program
+from common.start import check_free, choose_device, program
 from inputs.encoders import pretrained
-from tools.prepare import Reading, check_free, open_source, pictures, write_table
+from tools.prepare import Reading, open_source, pictures, write_table
 
 BLOCK = 4096  # rows compared at a time
 
@@ -27,7 +27,10 @@ BLOCK = 4096  # rows compared at a time
 def pixels(images: list[Image.Image]) -> Tensor:
     """Tiny pictures without their mean, (B, 192): finds copies, scaled or recoded."""
     small = torch.tensor(np.stack([image.resize((8, 8)) for image in images])).float().flatten(1)
-    return small - small.mean(1, keepdim=True)
+    centred = small - small.mean(1, keepdim=True)
+    # Of one grey nothing would be left: each has a direction of its own, a wave.
+    waves = (small * torch.arange(small.shape[1])).cos()
+    return torch.where(centred.any(1, keepdim=True), centred, waves)
 
 
 def image_features(name: str, device: torch.device):
@@ -51,8 +54,10 @@ def image_features(name: str, device: torch.device):
 def duplicates(vectors: Tensor, threshold: float) -> dict[int, tuple[int, float]]:
     """Rows to drop → (the earlier row each of them repeats, cosine). vectors: (N, E), unit length.
 
-    A row goes if an earlier one that stays is at least so near. Exact; the time grows with N².
+    A row goes if an earlier one that stays is at least so near, up to rounding. Exact; the time
+    grows with N².
     """
+    threshold -= 1e-5
     found, blocks = {}, vectors.split(BLOCK)
     for i, block in enumerate(blocks):
         for j, earlier in enumerate(blocks[: i + 1]):
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None):
         "repeats": [f and rows[f[0]] for f in found],
         "cosine": [f and f[1] for f in found],
     }
-    write_table(args.out, table)
+    write_table(args.out, table, source.id)
     print(f"{args.out}: {len(gone):,} of {len(rows):,} images repeat an earlier one")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.settings import Options, option, parse
-from common.start import choose_device, program, write_whole
+from common.start import check_free, choose_device, program, write_whole
 from inputs.encoders import pretrained
 
 ASK = (
@@ -81,8 +81,9 @@ class Settings(Options):
 def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
     rows = read_rows(args.prompts)
-    if args.out.resolve() == args.prompts.resolve():
-        raise ValueError(f"--out {args.out} is the file of prompts: choose another")
+    check_free(args.out)
+    if args.out.suffix != args.prompts.suffix:
+        raise ValueError(f"--out {args.out} must end like {args.prompts}: it is of the same kind")
     lines = enhance([row["prompt"] for row in rows], args.model, choose_device())
     if args.prompts.suffix == ".jsonl":
         pairs = zip(rows, lines, strict=True)

@@ -32,6 +32,7 @@ import glob
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,7 @@ class Reading(Options):
 # `datasets` reads all but .txt captions. No code of a source is run, and no pickle is opened.
 # ------------------------------------------------------------------------------------------------
 
+UNREAD = {".heic", ".heif", ".avif", ".jxl"}  # images that Pillow does not read
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
 INSIDE = ("metadata.jsonl", "metadata.csv", "**/*.parquet", "**/*.tar")  # a folder: the first found
 
@@ -101,6 +103,7 @@ class Source(NamedTuple):
     columns: list[str]
     image: str  # the column of images: paths, bytes, or {"bytes", "path"}
     folder: Path  # where paths start
+    id: int  # rows have the same numbers while it is the same; 0: unknown, of the hub
 
     def picture(self, row: dict) -> Image.Image:
         """A row's image, upright (phones store them sideways), in RGB."""
@@ -122,12 +125,16 @@ def open_source(args: Reading) -> Source:
     A folder of images, of parquet or of webdataset's .tar files; metadata.jsonl, .csv (file_name
     and captions) or another such file; a name of the hub.
     """
-    name, columns = args.source, IMAGE_COLUMNS
+    name, columns, id = args.source, IMAGE_COLUMNS, 0
     path, options = Path(name), {"path": name, "split": args.split}
-    files = [path] if path.is_file() else [f for p in INSIDE for f in sorted(path.glob(p))]
+    files = [path] if path.is_file() else [f for p in INSIDE for f in inside(path, p)]
     if files:
         kind = files[0].suffix
         files = [file for file in files if file.suffix == kind]
+        if kind in (".parquet", ".tar") and any(f.suffix.lower() in IMAGES for f in inside(path)):
+            raise ValueError(f"SOURCE {name} holds images and {files[0].name}: move one away")
+        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        id = zlib.crc32(repr(known).encode())
         for file in files if kind == ".tar" else ():
             with open(file, "rb") as tar:  # it ends with two empty blocks; `datasets` does not look
                 tar.seek(max(0, os.path.getsize(file) - 1024))
@@ -154,21 +161,34 @@ def open_source(args: Reading) -> Source:
     for column in typed:  # bytes: we decode, and leave out the bad
         table = table.cast_column(column, datasets.Image(decode=False))
     image = next((c for c in (*typed, *columns) if c in table.features), "image")
-    return Source(table, list(table.features), image, Path(*files[:1]).parent)
+    return Source(table, list(table.features), image, Path(*files[:1]).parent, id)
+
+
+def inside(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """Its files, sorted, without what is hidden."""
+    found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return [f for f in found if all(part[0] != "." for part in f.relative_to(folder).parts)]
 
 
 def read_folder(folder: Path) -> Source:
     """Images of any format; "text" is the .txt file beside each, "label" the folder it lies in."""
+    files = inside(folder)
     rows = [
         {"file_name": file, "text": file.with_suffix(".txt"), "label": file.parent.name}
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGES and file.name[0] != "." and file.is_file()
+        for file in files
+        if file.suffix.lower() in IMAGES
     ]
+    unread = [file.name for file in files if file.suffix.lower() in UNREAD]
+    if unread:
+        print(
+            f"SOURCE {folder}: {len(unread)} files such as {unread[0]} are left out: convert them"
+        )
     if not rows:
         raise ValueError(
             f"SOURCE {folder} holds no images: put images and .txt captions of the same names there"
         )
-    return Source(rows, list(rows[0]), "file_name", Path())
+    names = [str(row["file_name"].relative_to(folder)) for row in rows]
+    return Source(rows, list(rows[0]), "file_name", Path(), zlib.crc32(repr(names).encode()))
 
 
 def blocks(table, size: int, seed: int):
@@ -204,16 +224,10 @@ def pictures(source: Source, args):
                 yield batch
 
 
-def check_free(path: Path):
-    """ValueError if --out is there: it might be SOURCE, or one of its images."""
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"--out {path} must be a new file in a folder that is there")
-
-
-def write_table(path: Path, columns: dict[str, list]):
-    """A file for --with: "row", the number in SOURCE, and further columns to join by it."""
+def write_table(path: Path, columns: dict[str, list], source: int = 0):
+    """A file for --with: "row", the number in SOURCE, and columns to join by it. source: its id."""
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(pa.table(columns), sink)
+    pa.parquet.write_table(pa.table(columns, metadata={"source": str(source)}), sink)
     write_whole(path, sink.getvalue())
 
 
@@ -287,7 +301,8 @@ def caption(row: dict, column: str, args, label) -> str | None:
         name = label.int2str(value) if isinstance(label, datasets.ClassLabel) else str(value)
         name = name.replace("_", " ")
         article = "an" if name[0] in "aeiouAEIOU" else "a"
-        return args.label_template.replace("{a}", f"{article} {name}").replace("{}", name)
+        words = {"{}": name, "{a}": f"{article} {name}"}
+        return re.sub("{a?}", lambda found: words[found[0]], args.label_template)
     if not isinstance(value, str | None):
         raise ValueError(f"caption column {column} holds {value!r}, must be text")
     return (value or "").strip() or None
@@ -587,6 +602,7 @@ def same_settings(args: Settings, source: Source) -> dict:
     now = {key: value for key, value in args.saved().items() if key not in MAY_DIFFER}
     now["with_"] = [f"{file} (CRC {zlib.crc32(file.read_bytes()):08x})" for file in args.with_]
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
+    now["source_files"] = source.id
     path = args.out / "prepare.json"
     if not path.exists():
         if list(args.out.glob("chunks/*")):
@@ -604,6 +620,23 @@ def same_settings(args: Settings, source: Source) -> dict:
     return now
 
 
+def unchanged(args: Settings, source: Source):
+    """ValueError if a file of a folder's row is newer than the chunk that holds the row."""
+    table = source.table if isinstance(source.table, list) else []
+    for i, (rows, numbers) in enumerate(blocks(table, args.chunk_rows, args.seed)):
+        chunk = args.out / "chunks" / f"{i:05d}.arrow"
+        entry = chunk.with_suffix(".json")
+        if not chunk.exists() or not entry.exists():
+            continue
+        bad = {row["row"] for row in bad_rows(read_json(entry, Entry))}  # these may be repaired
+        files = [rows[n][key] for n in numbers if n not in bad for key in ("file_name", "text")]
+        for file in files:
+            if file.exists() and file.stat().st_mtime > chunk.stat().st_mtime:
+                raise ValueError(
+                    f"SOURCE {file} is newer than {chunk}: delete that, to make it anew"
+                )
+
+
 @program("tools.prepare")
 def main(argv: list[str] | None = None):
     """Check all options against the source first: a mistake must not show after hours."""
@@ -618,6 +651,9 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
         if source.image in join.column_names:
             raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
+        made_from = int((join.schema.metadata or {}).get(b"source", 0))
+        if made_from and source.id and made_from != source.id:
+            raise ValueError(f"--with {file} is of other files than SOURCE has now: make it again")
         rows = join["row"].to_numpy()
         last = len(source.table) - 1 if hasattr(source.table, "__len__") else rows.max(initial=0)
         if len(np.unique(rows)) < len(rows) or ((rows < 0) | (rows > last)).any():
@@ -649,6 +685,7 @@ def main(argv: list[str] | None = None):
     text = text_encoder(args.text_encoder, tokens, device)
     form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)
     facts = same_settings(args, source)
+    unchanged(args, source)
     made = f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
     manifest = args.out / "manifest.json"
     if manifest.exists() and not all(there(args.out, c) for c in read_json(manifest)["chunks"]):

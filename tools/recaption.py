@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from common.settings import option, parse
-from common.start import choose_device, program
+from common.start import check_free, choose_device, program
 from inputs.encoders import pretrained
-from tools.prepare import Reading, check_free, open_source, pictures, write_table
+from tools.prepare import Reading, open_source, pictures, write_table
 
 
 class Captioner:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None):
         rows, images = zip(*batch, strict=True)
         table["row"] += rows
         table["recaption"] += write(list(images))
-    write_table(args.out, table)
+    write_table(args.out, table, source.id)
     print(f"{args.out}: {len(table['row']):,} captions")
 
 
