@@ -567,7 +567,7 @@ class MMDiT(nn.Module):
         Raises ValueError if a shape does not fit the config.
         """
         B, C, H, W = x.shape
-        self._check(C, H, W, text)
+        self._check(B, C, H, W, t, text)
         dtype, patch = self.patch_embed.weight.dtype, self.config.patch_size
         cond = self.time_embed(t)  # (B, D), all that the blocks know about the time
         image = self.patch_embed(patchify(x.to(dtype), patch))  # (B, N, D)
@@ -601,7 +601,7 @@ class MMDiT(nn.Module):
         table = self.positions.view(grid, grid, -1)  # (grid, grid, D)
         return table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
 
-    def _check(self, channels: int, height: int, width: int, text: Tensor):
+    def _check(self, batch: int, channels: int, height: int, width: int, t: Tensor, text: Tensor):
         patch, largest = self.config.patch_size, self.config.patch_size * self.config.max_grid
         if channels != self.config.in_channels:
             raise ValueError(f"x has {channels} channels, the model {self.config.in_channels}")
@@ -611,9 +611,11 @@ class MMDiT(nn.Module):
             )
         if max(height, width) > largest:
             raise ValueError(f"image size {height}x{width} exceeds max_grid·patch_size={largest}")
-        if text.ndim != 3 or text.shape[-1] != self.config.text_dim:
+        if t.shape != (batch,):
+            raise ValueError(f"t has shape {tuple(t.shape)}, must be ({batch},) as x")
+        if text.ndim != 3 or (len(text), text.shape[-1]) != (batch, self.config.text_dim):
             raise ValueError(
-                f"text has shape {tuple(text.shape)}, must be (B, T, {self.config.text_dim})"
+                f"text has shape {tuple(text.shape)}, must be ({batch}, T, {self.config.text_dim})"
             )
 
     def compile_blocks(self, **kwargs):
@@ -689,6 +691,8 @@ class MMDiT(nn.Module):
         bilinearly about its centre, as minRF's extend_pe does: the same place in the picture keeps
         its vector. Raises ValueError if the networks differ in anything else.
         """
+        if scale <= 0:
+            raise ValueError(f"scale {scale} must be above 0")
         theirs, ours = (asdict(replace(m.config, max_grid=1)) for m in (older, self))
         if theirs != ours:
             differs = (f"{k} {theirs[k]} (here {v})" for k, v in ours.items() if theirs[k] != v)

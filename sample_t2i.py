@@ -62,6 +62,10 @@ class Settings(Sampling):
             raise ValueError("--score and --export draw no captions: drop them")
         if self.score and self.export:
             raise ValueError("--score and --export exclude each other")
+        if self.score and self.size:
+            raise ValueError(
+                f"--score reads pictures of the run's own size: drop --size {self.size}"
+            )
         if (self.against or self.at_steps) and not self.score:
             raise ValueError("--against and --at-steps need --score")
         pictures.png_path(self.out)
@@ -147,7 +151,7 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
     asked = prompts_by_tag(worlds[args.run], args.per_tag)
     captions = [caption for _, caption in asked]
     for name, pipeline in pipelines.items():
-        noise = pipeline.noise(args.seed, range(len(asked)), args.size)
+        noise = pipeline.noise(args.seed, range(len(asked)))
         for steps in args.at_steps or [args.steps or pipeline.facts["steps"]]:
             how = args.how() | {"steps": steps}
             drawn = pipeline.draw(captions, noise, progress=True, **how)
@@ -213,8 +217,10 @@ def main(argv: list[str] | None = None):
         each.model = Graphed(each.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     beside = args.out.with_suffix(".csv" if args.score else ".gif")
-    if (args.score or args.gif) and beside.exists() and not args.out.exists():  # not of ours
-        raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
+    if (args.score or args.gif) and beside.exists():
+        ours = not args.score or beside.read_bytes().startswith(b"run,steps,")
+        if not ours or not args.out.exists():
+            raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
         score(pipelines, args)
     else:

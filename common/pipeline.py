@@ -191,6 +191,8 @@ class Pipeline:
 
         A network that learned on features of 8 bits would see other numbers without that.
         """
+        if isinstance(captions, str):  # its letters would be taken
+            raise ValueError(f"captions {captions!r:.80} must be a list")
         text_format = self.facts.get("text_format")
         if text_format is None:
             return self.text.expand(self.text.prepare(captions), self.device)

@@ -231,7 +231,7 @@ def parse(
     typed = vars(parser.parse_intermixed_args(argv))
     typed.pop("local_rank", None)
     for f in fields(cls):
-        if typed.get(f.name) == "auto" and not f.metadata["positional"]:
+        if typed.get(f.name) == f.metadata["default"] == "auto":  # else "auto" is a name
             del typed[f.name]
         if f.name in typed:
             check(cls.called(f.name), typed[f.name], hints[f.name], f.metadata)

@@ -123,6 +123,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise ValueError(f"{what} {path} must be text in UTF-8: {error}") from error
     if not any(lines):
         raise ValueError(f"{what} {path} is empty: write one on each line")
+    if any(line[:1] in ("{", "[") for line in lines):
+        raise ValueError(f"{what} {path} holds JSON, must be plain text: write one on each line")
     return [line for line in lines if line]
 
 

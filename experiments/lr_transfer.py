@@ -36,6 +36,7 @@ from inputs.rows import open_rows
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 
 PARAMETRIZATIONS = ("standard", "mup", "muon")  # muon: mup, with Muon for the hidden matrices
+DATASETS = ("glyphs", "mnist", "shapes")
 WIDTHS = [32, 64, 128, 256]
 RATES = [0.001 * 2**i for i in range(7)]  # 0.001 … 0.064 at the smallest width
 VALIDATION = 512  # held-out rows that are asked
@@ -63,7 +64,7 @@ class Halves(Pixels):
 class Grid(Options):
     """What a grid of small trainings is told."""
 
-    dataset: str = option("glyphs", "glyphs, mnist or shapes")
+    dataset: str = option("glyphs", ", ".join(DATASETS), choices=DATASETS)
     data_dir: Path = option(Path("data"), "where MNIST lies or goes")
     seeds: int = option(1, "runs of each network", least=1)
     device: str = option("auto", "auto, cpu, mps or cuda")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.pictures import save_figure
 from common.settings import option, parse
 from common.start import program
-from experiments.lr_transfer import Data, Grid, remembered
+from experiments.lr_transfer import DATASETS, Data, Grid, remembered
 from mmdit import MMDiT, MMDiTConfig
 
 BASE_WIDTH = 32  # where --lr holds
@@ -58,7 +58,7 @@ def measure(search: str, configs: list[MMDiTConfig], data: Data, args) -> pd.Dat
         key = {"search": search, "dataset": args.dataset, "samples": args.samples, "lr": args.lr}
         key |= {"width": config.dim, "layers": config.n_layers, "double": config.n_double_layers}
         key |= {"seed": seed, "parameters": MMDiT(config).n_parameters()}
-        key |= {"flops": cost, "steps": steps}
+        key |= {"flops": cost, "steps": steps, "rows": data.rows.id}
         rows.append(remembered(path, key, config, data))
     keys = ["width", "layers", "double", "parameters"]
     return pd.DataFrame(rows).groupby(keys, as_index=False).loss.mean()
@@ -114,7 +114,7 @@ def extrapolate(data: Data, args):
 @dataclass(frozen=True)
 class Settings(Grid):
     searches: list[str] = option(list(SEARCHES), "which", choices=SEARCHES)
-    dataset: str = option("shapes", "shapes, mnist or glyphs")
+    dataset: str = option("shapes", "shapes, mnist or glyphs", choices=DATASETS)
     samples: int = option(16_000, "of a search's first network", least=1)
     lr: float = option(0.016, f"at width {BASE_WIDTH}", above=0)
     out: Path = option(Path("runs/shape_scaling"), "folder for CSV and PNGs")

@@ -846,6 +846,8 @@ class Rows:
         pieces = settings.segments
         if self.K % pieces or pieces > max(1, self.K):
             raise ValueError(f"--segments {pieces} must divide the {self.K} of --data")
+        if settings.time == "start" and not self.K:
+            raise ValueError("--time start is for pairs (tools.pairs): drop it")
         if settings.anneal and (self.K == 0 or pieces > 1):
             raise ValueError(
                 f"--anneal {settings.anneal:g} is for pairs (tools.pairs) with --segments 1"

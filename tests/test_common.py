@@ -24,7 +24,8 @@ class Settings(Options):
     data: list[str] = option(["here"], "what it learns", group="rows")
     lr: float = option(0.5, "up to 100 %", above=0, fixed=True)
     steps: int = option(7, "how many", least=7)
-    mode: str = option("slow", "how")
+    mode: str = option("auto", "how")
+    name: str | None = option(None, "of a column, say")
     size: int | None = option(None, "pixels", fixed=True)
     half: bool | None = option(None, "precision", local=True)
     resume: bool = option(False, "go on", local=True)
@@ -34,9 +35,9 @@ class Settings(Options):
 
 def test_parse_gives_what_was_typed_alone():
     line = """one --lr 2 --data a b --resume --no-half --size 3 --local_rank 1 --mode auto
-    --save-to x two"""
+    --name auto --save-to x two"""
     typed = {"lr": 2.0, "data": ["a", "b"], "resume": True, "half": False, "size": 3}
-    typed |= {"save_to": Path("x"), "prompt": ["one", "two"]}
+    typed |= {"name": "auto", "save_to": Path("x"), "prompt": ["one", "two"]}
     assert parse(Settings, line.split(), "about") == typed
     assert not any(parse(Settings, [], "about").values())
 
@@ -87,7 +88,15 @@ def test_sources_that_contradict_each_other(typed, saved, facts, message):
 
 
 def test_a_run_keeps_its_settings_without_those_of_the_call():
-    kept = {"data": ["here"], "lr": 0.5, "steps": 7, "mode": "slow", "size": None, "save_to": "a"}
+    kept = {
+        "data": ["here"],
+        "lr": 0.5,
+        "steps": 7,
+        "mode": "auto",
+        "name": None,
+        "size": None,
+        "save_to": "a",
+    }
     assert Settings(half=True, save_to=Path("a")).saved() == kept | {"prompt": []}
 
 

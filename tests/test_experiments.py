@@ -115,6 +115,7 @@ def test_searches_spend_equal_compute_and_the_law_predicts(tmp_path, monkeypatch
     assert len(spent) == 2 * (7 + 5 + 6)  # only the scaling runs were missing
     assert max(spent[:24]) / min(spent[:24]) < 1.01
     rows = pd.read_csv(tmp_path / "shape_scaling.csv")
+    assert "rows" in rows  # other images are other cells
     assert len(rows) == 36 and set(rows.steps[24:]) == {1000} == {rows.steps[0], rows.steps[14]}
     large = MMDiT(replace(PRESETS["tiny"], dim=256, n_layers=4))
     assert rows.parameters.iloc[-1] == large.n_parameters()

@@ -270,13 +270,17 @@ def test_bad_config_names_field_value_rule(changes, message):
         ({"H": 9}, "9x10 must be a multiple of patch_size=2"),
         ({"H": 14}, "14x10 exceeds max_grid·patch_size=12"),
         ({"C": 4}, "4 channels, the model 3"),
-        ({"text": (7,)}, r"must be \(B, T, 7\)"),
-        ({"text": (5, 8)}, r"must be \(B, T, 7\)"),
+        ({"text": (7,)}, r"must be \(2, T, 7\)"),
+        ({"text": (5, 8)}, r"must be \(2, T, 7\)"),
     ],
 )
 def test_bad_input_names_the_rule(shapes, message):
     with pytest.raises(ValueError, match=message):
         MMDiT(SMALL)(*inputs(**shapes))
+    x, t, text = inputs()
+    for given, rule in (((x, t[:1], text), "must be (2,) as x"), ((x, t, text[:1]), "(2, T, 7)")):
+        with pytest.raises(ValueError, match=re.escape(rule)):
+            MMDiT(SMALL)(*given)
 
 
 def test_auraflow_has_its_published_size():
@@ -325,6 +329,8 @@ def test_another_grid_starts_as_the_same_function_or_stretched(old, new):
     table = older.positions.view(1, old, old, -1).permute(0, 3, 1, 2)
     expected = F.interpolate(table, size=(new, new), mode="bilinear")  # as minRF's extend_pe
     close(model.positions.view(new, new, -1), expected[0].permute(1, 2, 0))
+    with pytest.raises(ValueError, match="scale 0 must be above 0"):
+        model.start_from(older, 0)
     with pytest.raises(ValueError, match=r"another network: n_layers 2 \(here 5\)$"):
         MMDiT(MIXES["2 + 3"]).start_from(MMDiT(replace(SMALL, n_double_layers=2)))
 

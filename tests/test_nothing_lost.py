@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, call, exported, full_disk, opened, refused, t2i
+from helpers import DIGITS, SHAPES, call, exported, full_disk, opened, refused, t2i
 from PIL import Image
 from test_digits import write_mnist
 from test_pairs import make
@@ -409,6 +409,11 @@ def test_data_inside_the_run_and_files_beside_a_picture_stay(home, tmp_path, cap
     drawn = [home / "first", "1", "--gif", "--steps", 1, "--out", tmp_path / "mine.png"]
     assert "mine.gif would be overwritten" in refused(sample_t2i.main, capsys, *drawn)
     assert (tmp_path / "mine.gif").read_bytes() == b"mine"
+    for name in ("mine.png", "mine.csv"):
+        (tmp_path / name).write_bytes(b"a,b")
+    scored = [exported(tmp_path / "shapes", SHAPES), "--score", "--out", tmp_path / "mine.png"]
+    assert "mine.csv would be overwritten" in refused(sample_t2i.main, capsys, *scored)
+    assert (tmp_path / "mine.csv").read_bytes() == b"a,b"
 
 
 def test_a_table_that_is_cut_is_not_gone_on_with(tmp_path):

@@ -15,6 +15,7 @@ from inputs.encoders import HashText, Words
 from inputs.rows import PairsFolder
 from inputs.shapes import World, one_in
 from mmdit import load_model
+from tools import pairs
 from tools.pairs import main
 
 HOW = ["--steps", 4, "--number", 25, "--chunk", 10, "--device", "cpu"]
@@ -101,6 +102,17 @@ def test_a_command_goes_on_and_a_greater_number_adds_chunks(home, tmp_path, caps
 def test_bad_options_end_in_one_line(home, tmp_path, capsys, run, options, message):
     said = refused(main, capsys, home / run, "--out", tmp_path / "out", *options.split())
     assert message in said and not (tmp_path / "out").exists()
+
+
+def test_pairs_that_another_process_began_anew_are_left_to_it(home, tmp_path, capsys, monkeypatch):
+    def other(*args):
+        file = tmp_path / "pairs.json"
+        file.write_text(file.read_text().replace('"cfg": 3', '"cfg": 4'))
+        return b"mine"
+
+    monkeypatch.setattr(pairs, "chunk_bytes", other)
+    said = refused(main, capsys, home / "digits", "--out", tmp_path, *HOW, "--cfg", 3)
+    assert "was begun anew with others" in said and not list(tmp_path.glob("*.safetensors"))
 
 
 def test_captions_of_ones_own(home, tmp_path, capsys):

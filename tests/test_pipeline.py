@@ -88,6 +88,8 @@ def test_text_is_rounded_as_the_rows_stored_it():
     (pipeline, _), plain = greys(), TEXT(["light dark"])
     pipeline.facts["text_format"] = {"tokens": 4, "dim": 8, "bits": 8, "reach": 0.25}
     assert plain.abs().max() > 0.25
+    with pytest.raises(ValueError, match="captions 'light' must be a list"):
+        pipeline.features("light")
     close(pipeline.features(["light dark"]), plain.clamp(-0.25, 0.25), atol=0.25 / 255)
 
 

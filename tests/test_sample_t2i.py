@@ -91,6 +91,7 @@ def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
     [
         (["shapes"], "no caption given: write one in quotes, or give --prompts FILE"),
         (["shapes", "--prompts", "nowhere.txt"], "--prompts nowhere.txt is not there: give a text"),
+        (["shapes", "--score", "--size", 8], "pictures of the run's own size: drop --size 8"),
         (["shapes", "--score", "--at-steps", 1, 0], "--at-steps 0 must be at least 1"),
         (["nowhere", "a ring"], "holds no weights: train it first, or give another run"),
         (["digits", "ten"], "'ten' is no word of this model; it knows: 0, 1, 2"),

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import sample_t2i
 from common.pipeline import Pipeline
+from common.start import owned
 from tools import enhance, geneval, show
 
 METADATA = [
@@ -96,6 +97,11 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
         ("half.jsonl", '{"prompt"', "line 1 is no JSON object with a prompt"),
         ("list.jsonl", '["a"]', "line 1 is no JSON object with a prompt"),
         ("number.jsonl", '{"prompt": 1}', "line 1 is no JSON object with a prompt"),
+        (
+            "rows.ndjson",
+            'a ring\n {"prompt": "a"}',
+            "line 2 is no prompt: call a file of JSON .jsonl",
+        ),
         ("rows.jsonl", '{"prompt": "a"}', "out.txt must end like"),
         ("good.txt", "a ring", "could not be loaded"),
         ("alone.txt", "a ring", "needs transformers: pip install transformers"),
@@ -158,7 +164,12 @@ def test_another_setting_is_refused(run, metadata, tmp_path, capsys):
         [exported(tmp_path / "copy", SHAPES), metadata],
     ):
         assert "was begun with" in refused(geneval.main, capsys, *how, *change)
+    with owned(tmp_path / "geneval", "tools.geneval"):
+        assert "is in use by another process" in refused(geneval.main, capsys, run, metadata, *how)
     call(geneval.main, run, metadata, *how, "--cfg", SHAPES["cfg"])  # the run's own, said
+    for file in (tmp_path / "geneval").rglob("*.png"):
+        file.unlink()
+    assert "was begun with" in refused(geneval.main, capsys, run, metadata, *how, "--seed", 1)
 
 
 def test_auraflow_is_drawn_with_its_own_settings(tmp_path):

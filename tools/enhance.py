@@ -36,6 +36,8 @@ def read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
+        if path.suffix != ".jsonl" and line.lstrip()[0] in "{[":
+            raise ValueError(f"{path}: line {number} is no prompt: call a file of JSON .jsonl")
         try:
             row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.rstrip("\r")}
             if str.strip(row["prompt"]):

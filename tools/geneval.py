@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.pipeline import Pipeline, Sampling
 from common.settings import option, parse, read_json
-from common.start import claim, mark, program, write_whole
+from common.start import claim, owned, program, write_whole
 from tools.enhance import read_rows
 
 
@@ -40,9 +40,8 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
     }
     out, begun = args.out, args.out / "settings.json"
     drawn = {file for file in out.glob("*/samples/*.png") if file.read_bytes()[-8:-4] == b"IEND"}
-    if drawn and read_json(begun) != settings:
+    if (drawn or begun.exists()) and read_json(begun) != settings:
         raise ValueError(f"--out {out} was begun with {read_json(begun)}: choose another --out")
-    mark(out, "tools.geneval")
     write_whole(begun, json.dumps(settings).encode())
     missing = []  # file, caption, number of the picture
     for k, row in enumerate(map(dict, rows)):
@@ -82,7 +81,10 @@ def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
     rows = read_rows(args.metadata)
     claim(args.out, "tools.geneval")
-    geneval(args.open(), rows, args)
+    pipeline = args.open()
+    pipeline.latent(args.size)  # before a folder is made
+    with owned(args.out, "tools.geneval"):
+        geneval(pipeline, rows, args)
     print(f"wrote {args.out}")
 
 

@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None):
                 bar.update(rows)
             else:
                 content = chunk_bytes(pipeline, about, lines, i, args.batch or 128, bar)
+                if read_json(args.out / "pairs.json") | {"number": args.number} != about:
+                    raise ValueError(f"--out {args.out} was begun anew with others: choose another")
                 write_whole(file, content)
     sweep(args.out)
     print(f"{args.out} holds {args.number:,} pairs")
