@@ -30,7 +30,7 @@ from common.auraflow import check, save_diffusers, save_pipeline
 from common.log import append_row, write_rows
 from common.pipeline import Pipeline, Sampling
 from common.settings import option, parse
-from common.start import claim, owned, program, read_lines
+from common.start import MARK, claim, owned, program, read_lines
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
@@ -120,10 +120,13 @@ class Graphed:
 # ------------------------------------------------------------------------------------------------
 
 
-def paint(pipeline: Pipeline, args: Settings):
+def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     """--images pictures of each caption, as a sheet, and the way to them as a GIF."""
-    each = [caption for caption in read_prompts(args) for _ in range(args.images)]
+    each = [caption for caption in captions for _ in range(args.images)]
     noise = pipeline.noise(args.seed, range(len(each)), args.size)
+    h, w = (side * pipeline.image.factor for side in noise.shape[2:])
+    if args.gif and max((h + 1) * len(captions), (w + 1) * args.images) >= pictures.GIF_SIDE:
+        raise ValueError(f"--gif: {len(each)} pictures of {h}x{w} are too many for one: drop it")
     frames = pipeline.draw(each, noise, progress=True, trajectory=args.gif, **args.how())
     if args.gif:
         pictures.film(frames, args.images, args.out.with_suffix(".gif"))
@@ -196,10 +199,10 @@ def main(argv: list[str] | None = None):
     if args.export:
         out = Path(args.export[1])
         claim(out, "sample_t2i.py --export", "--export")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(f.name != MARK and f.name[0] != "." for f in out.iterdir()):
             raise ValueError(f"--export {out} holds an export already: choose a new folder")
     elif not args.score:
-        read_prompts(args)  # a mistake shows before a large model is loaded
+        captions = read_prompts(args)  # a mistake shows before a large model is loaded
     pipelines = {name: args.open(name) for name in (args.run, *args.against)}
     pipeline = pipelines[args.run]
     if args.export:
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None):
     if args.score:
         score(pipelines, args)
     else:
-        paint(pipeline, args)
+        paint(pipeline, captions, args)
     print(f"wrote {args.out}")
 
 

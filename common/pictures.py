@@ -13,12 +13,19 @@ from io import BytesIO
 from math import ceil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.start import MARK, write_whole
+
+matplotlib.rcdefaults()  # a notebook's or a user's habits must not end a run at its first picture
+matplotlib.use("Agg")
+
+
+GIF_SIDE = 2**16 - 1  # pixels: the format has no room for more
 
 
 def whole(picture, path: Path, **how):
@@ -132,7 +139,8 @@ def film(frames: Tensor, columns: int, path: Path):
     from PIL import Image
 
     images = [Image.fromarray(grid(pictures, columns)) for pictures in frames]
-    factor = max(1, round(300 / images[0].width))
+    size = images[0].size
+    factor = max(1, min(round(300 / size[0]), GIF_SIDE // max(size)))
     images = [
         image.resize((image.width * factor, image.height * factor), Image.NEAREST).quantize(32)
         for image in images  # noise does not compress: few colours and no more pixels than needed

@@ -25,6 +25,7 @@ from common.auraflow import load_auraflow, pipeline_folder
 from common.log import LogRow
 from common.settings import Checked, Count, Natural, Options, option, read_json, rule, settle
 from common.start import begin, choose_device, intact
+from inputs.digits import SOURCES
 from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
 from inputs.rows import Facts, open_rows
 from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
@@ -273,7 +274,8 @@ def settle_run(
     out, first = Path(os.path.realpath(typed.get("out", cls.out))), typed.get("init")
     replaced = (out, out.with_name(f"{out.name}.old"))  # move_away
     read = [*typed.get("data", ()), typed.get("data_dir"), first]  # what a run reads
-    for given in filter(None, read):
+    names = ("shapes", *SOURCES)  # no folders
+    for given in (given for given in read if given and given not in names):
         if any(Path(os.path.realpath(given)).is_relative_to(place) for place in replaced):
             raise ValueError(f"{given} lies in --out, which is replaced: choose another --out")
     init = read_facts(first) if first and not saved else {}

@@ -241,6 +241,10 @@ class HuggingFaceText:
 def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu", words=()):
     """`words`, `hash`, or the name or folder of a T5 / UMT5; captions end after `tokens`."""
     if name == "words":
+        if not words:
+            raise ValueError(
+                "--text-encoder words is for digits, whose captions are one word: drop it"
+            )
         return Words(words)
     return HashText(tokens=tokens) if name == "hash" else HuggingFaceText(name, tokens, device)
 

@@ -91,6 +91,12 @@ def test_a_grid_is_not_run_twice(tmp_path, monkeypatch, capsys, dataset):
     assert (tmp_path / f"lr_transfer_{dataset}.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("program", [lr_transfer, shape_scaling])
+def test_other_data_are_refused(tmp_path, capsys, program):
+    said = refused(program.main, capsys, "--dataset", tmp_path)
+    assert f"--dataset '{tmp_path}' must be one of glyphs, mnist, shapes" in said
+
+
 def test_training_helps():
     data = lr_transfer.Data(lr_transfer.Settings(device="cpu"))
     config = replace(data.config, dim=32, base_dim=32)

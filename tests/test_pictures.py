@@ -1,11 +1,18 @@
 """common/pictures.py: each picture stands in its place, with its words, in a file that opens."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
 
 from common import pictures
+
+ROOT = Path(__file__).parents[1]
 
 
 def numbered(n, channels=3, height=8, width=12):
@@ -65,6 +72,23 @@ def test_a_film_goes_from_noise_to_data_and_rests(tmp_path):
     assert [frame.info["duration"] for frame in ImageSequence.Iterator(film)] == [120, 2000]
     assert film.size == (27 * 11, 19 * 11)  # enlarged to about 300 pixels
     assert (np.asarray(film.convert("L")) > 250).all()  # the last frame is white
+
+
+def test_a_film_of_many_pictures_is_enlarged_less(tmp_path):
+    frames = torch.zeros(1, 600, 1, 20, 20, dtype=torch.uint8)
+    pictures.film(frames, 1, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.size == (22 * 5, (600 * 21 + 1) * 5)
+
+
+def test_a_setting_of_matplotlib_ends_no_run(tmp_path):
+    """As a notebook leaves it to the programs that it starts; or a user's own."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: true\nfigure.dpi: 7")
+    script = "from common import pictures as p; import torch; p.captioned(torch.zeros"
+    script += f"(1, 1, 4, 4, dtype=torch.uint8), ['a_b'], p.Path('{tmp_path}/a.png'))"
+    env = os.environ | {"MPLBACKEND": "module://nothing", "MATPLOTLIBRC": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
+    assert (tmp_path / "a.png").exists()
 
 
 def test_curves_draw_whatever_scores_there_are(tmp_path):

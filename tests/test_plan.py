@@ -71,6 +71,14 @@ def test_bytes_and_flops_are_closed_forms(change, bucket, zero, reduction, sent)
     assert flops == 3 * 4 * model.flops_per_image(8, 8, 5) + muon.get_total_flops() // 3
 
 
+@pytest.mark.parametrize("size", ["auto", 0])
+def test_a_bucket_that_cannot_be_is_named(size):
+    with pytest.raises(ValueError, match=rf'"reduce_bucket_size" of ds_config.json .*{size}'):
+        plan(SMALL, ASKED, {"reduce_bucket_size": size})
+    _, memory, *_ = plan(SMALL, ASKED, {})
+    assert memory["reduction"] == 2 * 5e8 + 6 * N  # DeepSpeed's own
+
+
 def test_the_command_prints_its_lines(capsys):
     """The figures of the 6.8B network on 64 GPUs: 0.86 s of products in a step of 4 passes."""
     options = "--gpus 64 --micro-batch 8 --batch-size 2048 --samples 102400000 --gb-per-s 45"

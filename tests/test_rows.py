@@ -323,6 +323,7 @@ def test_other_rows_have_another_id(open_kind, home):
         ("prepared", {"data_weights": [1, 2]}, r"has 2 numbers, must have one for each of the 1"),
         ("prepared", {"segments": 2}, r"--segments 2 must divide the 0 of --data"),
         ("pairs", {"segments": 3}, r"--segments 3 must divide the 2 of --data"),
+        ("shapes", {"text_encoder": "words"}, r"--text-encoder words is for digits"),
         ("prepared", {"time": "start"}, r"--time start is for pairs \(tools.pairs\): drop it"),
         ("prepared", {"anneal": 0.5}, r"--anneal 0.5 is for pairs"),
         ("pairs", {"anneal": 0.5, "segments": 2}, r"--anneal 0.5 is .* with --segments 1"),

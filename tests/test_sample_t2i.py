@@ -1,5 +1,6 @@
 """sample_t2i.py: the command line, from captions to pictures, scores and exports."""
 
+import os
 import re
 from dataclasses import replace
 
@@ -45,6 +46,19 @@ def test_captions_become_pictures_the_same_twice(home, tmp_path, capsys):
         assert gif.width / gif.height == 43 / 40
 
 
+def test_prompts_are_read_once_and_a_gif_has_room(home, tmp_path, capsys):
+    """As of <(…), which is empty when it is read again."""
+    reader, writer = os.pipe()
+    os.write(writer, b"a ring")
+    os.close(writer)
+    how = ["--steps", 1, "--images", 1, "--out", tmp_path / "a.png"]
+    call(main, home / "shapes", "--prompts", f"/dev/fd/{reader}", *how)
+    os.close(reader)
+    many = [home / "shapes", "a ring", *how[:3], 10**4, *how[4:], "--gif"]
+    said = refused(main, capsys, *many)
+    assert "--gif: 10000 pictures of 20x20 are too many for one: drop it" in said
+
+
 def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
     out = tmp_path / "score.png"
     how = ["--score", "--against", home / "other", "--per-tag", 2, "--out", out]
@@ -66,6 +80,10 @@ def test_the_network_is_exported(home, tmp_path, capsys):
     export = [home / "shapes", "--export", "weights", tmp_path]
     call(main, *export)
     assert "holds an export already: choose a new folder" in refused(main, capsys, *export)
+    ours = tmp_path / "with git"
+    (ours / ".git").mkdir(parents=True)
+    (ours / "made_by.txt").write_text("sample_t2i.py --export")  # it was killed
+    call(main, *export[:-1], ours)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (home / "shapes" / name).read_bytes()
     run = exported(tmp_path / "run", SHAPES | {"residual": "auraflow", "patch_size": 2})

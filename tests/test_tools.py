@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers import SHAPES, call, exported, refused
+from helpers import DIGITS, SHAPES, call, exported, refused
 from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
+from test_pairs import make
 from test_prepare import pictures
 from test_prepare import run as prepare
 from torchvision.transforms.functional import pil_to_tensor
@@ -202,6 +203,14 @@ def test_wrong_options_end_in_one_line(run, metadata, tmp_path, capsys, options,
 
 
 # --- show ----------------------------------------------------------------------------------------
+
+
+def test_pairs_of_either_chapter_are_shown(tmp_path):
+    pairs = make(
+        exported(tmp_path / "run", DIGITS | {"preset": "digits-narrow"}), tmp_path / "pairs"
+    )
+    call(show.main, pairs, "--rows", 2, "--device", "cpu", "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
 
 
 def test_rows_are_counted_and_drawn(tmp_path, capsys):

@@ -226,6 +226,13 @@ def test_bad_options_end_in_one_line(done, quick, tmp_path, capsys, options, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_a_name_of_digits_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed = {"data": ["glyphs"], "out": tmp_path}
+    settings, _ = settle_run(train_mnist.Settings, typed, {}, torch.device("cpu"), lambda _: {})
+    assert settings.data == ["glyphs"]
+
+
 def test_a_run_that_goes_on_drops_the_weights_of_its_stop(done, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(done, tmp_path / "run")
     torch.save(checkpoint(out) | {"step": 40}, out / "checkpoint.pt")

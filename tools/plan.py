@@ -42,7 +42,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from common.muon import ROUNDS
-from common.settings import Options, option, parse
+from common.settings import Options, Positive, check, option, parse
 from common.start import program
 from mmdit import MMDiT, MMDiTConfig, fitted
 from train_t2i import RECIPES
@@ -114,7 +114,9 @@ def plan(config: MMDiTConfig, s: Settings, zero: dict):
             {name: w.to(dtype) for name, w in model.state_dict().items()}, assign=True
         )
         kept = activations(model, s.micro_batch, side, s.text_tokens)
-    N, b, bucket = model.n_parameters(), dtype.itemsize, zero["reduce_bucket_size"]
+    N, b = model.n_parameters(), dtype.itemsize
+    bucket = zero.get("reduce_bucket_size", 5e8)  # DeepSpeed's default
+    check('"reduce_bucket_size" of ds_config.json', bucket, Positive)
     (muon,) = (g for g in model.param_groups(1, muon_lr=1) if "matrices" in g)
     M = sum(p.numel() for p in muon["params"])
     memory = {

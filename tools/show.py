@@ -34,9 +34,8 @@ def main(argv: list[str] | None = None):
     pictures.png_path(args.out)
     device = choose_device(args.device)
     typed = {"data": [args.data], "data_dir": args.data_dir, "batch_size": args.rows}
-    settings, rows = settle_run(
-        train_t2i.Settings, typed, {}, device, lambda _: train_t2i.recipe_of("tiny")
-    )
+    typed["preset"] = "tiny"  # pairs would choose that of their run, of either chapter
+    settings, rows = settle_run(train_t2i.Settings, typed, {}, device, train_t2i.recipe_of)
     for fact in ("size", "text_encoder", "text_tokens", "vae"):
         print(f"{fact:14} {getattr(settings, fact)}")
     print(f"points of path {rows.K + 1}")
