@@ -227,7 +227,7 @@ def pictures(source: Source, args):
 def write_table(path: Path, columns: dict[str, list], source: int = 0):
     """A file for --with: "row", the number in SOURCE, and columns to join by it. source: its id."""
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(pa.table(columns, metadata={"source": str(source)}), sink)
+    pa.parquet.write_table(pa.table(columns, metadata={"source_files": str(source)}), sink)
     write_whole(path, sink.getvalue())
 
 
@@ -651,8 +651,8 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
         if source.image in join.column_names:
             raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
-        made_from = int((join.schema.metadata or {}).get(b"source", 0))
-        if made_from and source.id and made_from != source.id:
+        made_from = (join.schema.metadata or {}).get(b"source_files", b"0")
+        if source.id and made_from not in (b"0", b"%d" % source.id):
             raise ValueError(f"--with {file} is of other files than SOURCE has now: make it again")
         rows = join["row"].to_numpy()
         last = len(source.table) - 1 if hasattr(source.table, "__len__") else rows.max(initial=0)
