@@ -214,14 +214,14 @@ class Settings(DataOptions):
 
     # Evaluation, always with the averaged weights. target_eval_loss is MLPerf's rule: the time
     # until a validation loss is reached measures speed and quality together.
-    # An evaluation draws 6 · eval_prompts pictures, with guidance 12 · eval_prompts · sample_steps
-    # forward passes of one image: at the defaults as much work as 4,000 training samples.
+    # An evaluation draws 6 · eval_prompts pictures. Each takes two forward passes with guidance for
+    # each of two evaluations (rf_solver) in a step: at the defaults 5,000 training samples' work.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
     cfg: float = option(3.0, "guidance of the pictures", least=-100, most=100)
     cfg_below: float = option(1.0, "guidance at times t up to this alone", least=0, most=1)
-    solver: str = option("euler", "of the pictures", choices=rf.SOLVERS)
-    sample_steps: int = option(20, "solver steps of the pictures", least=1)
+    solver: str = option("rf_solver", "of the pictures", choices=rf.SOLVERS)
+    sample_steps: int = option(12, "solver steps of the pictures", least=1)
     target_eval_loss: float | None = option(
         None, "stop when the validation loss is reached", least=0
     )

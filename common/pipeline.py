@@ -32,7 +32,7 @@ from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
 AURAFLOW = {"size": 1024, "cfg": 3.5, "cfg_below": 1.0, "steps": 50, "shift": 1.73, "shapes": 0}
-AURAFLOW |= {"source": "AuraFlow"}
+AURAFLOW |= {"solver": "euler", "source": "AuraFlow"}
 HOW = ("cfg", "cfg_below", "steps", "shift", "solver")  # of rf.sample: a run has its own values
 FROM_INIT = (  # what a run takes over from the one it starts from
     "preset",
@@ -109,7 +109,7 @@ class Sampling(Options):
     shift: float | None = option(
         None, "of the sampler's time grid (the run's)", least=0.01, most=100
     )
-    solver: str = option("euler", ", ".join(rf.SOLVERS), choices=rf.SOLVERS)
+    solver: str | None = option(None, f"{', '.join(rf.SOLVERS)} (the run's)", choices=rf.SOLVERS)
     ema: float | None = option(
         None, "width of the average, say 0.05 (the narrowest)", least=0.001, most=0.28
     )
@@ -202,8 +202,7 @@ class Pipeline:
 
     def how(self, **given) -> dict:
         """Of HOW, for rf.sample; None is the run's own value."""
-        own = self.facts | {"solver": "euler"}
-        return {key: own[key] if given.get(key) is None else given[key] for key in HOW}
+        return {key: self.facts[key] if given.get(key) is None else given[key] for key in HOW}
 
     def draw(
         self,
@@ -245,7 +244,12 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     """The facts of a run of either chapter: what its weights need to be used."""
     keys = ("size", "text_encoder", "text_tokens", "vae", "cfg", "cfg_below", "shift", "preset")
     facts = {key: getattr(settings, key) for key in keys}
-    facts |= {"steps": settings.sample_steps, "residual": config.residual, "samples": samples}
+    facts |= {
+        "steps": settings.sample_steps,
+        "solver": settings.solver,
+        "residual": config.residual,
+        "samples": samples,
+    }
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
     facts["text_format"] = asdict(rows.text) if isinstance(rows.text, TextFormat) else None
     facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}

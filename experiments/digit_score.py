@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None):
     name = args.data or pipeline.facts["source"]
     judge = Judge(name, args.data_dir, args.cache, args.samples, pipeline.device, args.seed)
     rows = [("real", "", "", *judge.real)]
-    quick = [(args.solver, args.steps or pipeline.facts["steps"])]
+    quick = [(args.solver or pipeline.facts["solver"], args.steps or pipeline.facts["steps"])]
     for solver, steps in tqdm(quick if args.quick else list(product(rf.SOLVERS, STEPS))):
         how = args.how() | {"steps": steps, "solver": solver}
         score = judge.score(pipeline.draw(judge.captions, judge.noise, **how), judge.labels)

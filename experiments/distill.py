@@ -4,12 +4,12 @@
     python sample_t2i.py runs/shapes4 --score
     python -m experiments.distill runs/shapes4 --resume       go on with one that was stopped
 
-The teacher is the run itself: N Euler steps (its own number), two passes each, with guidance. Its
-times are cut into K pieces. The student is the same network, and starts as the teacher. From any of
+The teacher is the run itself, with its own solver, guidance and number of steps, N. Its times are
+cut into K pieces. The student is the same network, and starts as the teacher. From any of
 the N times it learns to jump to the end of its piece, so it samples in K steps of one pass.
 
     u(x_t, t) = (x_t − x_e) / (t − e)         the mean velocity of the teacher's path from t to e
-    (t − e)·u(x_t, t) = h·v(x_t, t) + (t − h − e)·u(x_{t−h}, t − h)      a step h, then the rest
+    (t − e)·u(x_t, t) = x_t − x_{t−h} + (t − h − e)·u(x_{t−h}, t − h)     a step h, then the rest
 
 The second line is the target: the teacher makes one guided step, and the student itself says what
 remains. So errors are mended from the end of a piece upwards, and nobody ever follows a whole path
@@ -49,12 +49,17 @@ def target(
     """
     piece, inside = place // (times.shape[1] - 1), place % (times.shape[1] - 1)
     t, after, end = times[piece, inside], times[piece, inside + 1], times[piece, -1]
+    t, after, end = (time.view(-1, 1, 1, 1) for time in (t, after, end))
     facts, null_text = teacher.facts, teacher.features([""])
-    cfg = torch.where(t <= facts["cfg_below"], facts["cfg"], 1.0).view(-1, 1, 1, 1)
-    v = rf.guided_velocity(teacher.model, x, t, text, null_text, cfg).float()
-    h, rest = ((a - b).view(-1, 1, 1, 1) for a, b in ((t, after), (after, end)))
-    u = student(x - h * v, after, text).float()  # at the end of a piece the rest is 0
-    return (h * v + rest * u) / (h + rest)
+    step = rf.euler_step if facts["solver"] == "euler" else rf.rf_solver_step
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        cfg = torch.where(t <= facts["cfg_below"], facts["cfg"], 1.0)
+        return rf.guided_velocity(teacher.model, x, t.flatten(), text, null_text, cfg).float()
+
+    near = step(guided, x, t, after - t)
+    rest = (after - end) * student(near, after.flatten(), text).float()  # 0 at a piece's end
+    return (x - near + rest) / (t - end)
 
 
 def distill_step(
@@ -118,7 +123,7 @@ def main(argv: list[str] | None = None):
     typed = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "muon_lr", "seed")}
     typed |= {key: facts[key] for key in ("shapes", "colors", "places", "shift")}
     typed |= {"data": facts["source"].split(), "data_dir": args.data_dir, "out": out}
-    typed |= {"cfg": 1.0, "cfg_below": 1.0, "sample_steps": args.pieces}
+    typed |= {"cfg": 1.0, "cfg_below": 1.0, "sample_steps": args.pieces, "solver": "euler"}
     init = {} if state else {"init": args.run}
     saved = state.get("settings", {})
     settings, rows = settle_run(

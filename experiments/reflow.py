@@ -117,7 +117,7 @@ def score_stage(stage: str, pipeline: Pipeline, judge: Judge) -> pd.DataFrame:
         rows.append((stage, solver, steps, passes, recognised, distance, ratio, bend))
 
     if stage == "distilled":
-        add("euler", 1, 1, pipeline.draw(judge.captions, judge.noise, steps=1))
+        add("euler", 1, 1, pipeline.draw(judge.captions, judge.noise, steps=1, solver="euler"))
     else:
         few, null_text = judge.noise[:STRAIGHT].to(pipeline.device), pipeline.features([""])
         text, how = pipeline.features(judge.captions[:STRAIGHT]), {"cfg": cfg, "steps": 50}
@@ -169,7 +169,7 @@ def plot_strip(pipelines: dict[str, Pipeline], judge: Judge, path: Path):
     captions, drawn, beside = judge.captions[:10], [], []
     for name, pipeline in pipelines.items():
         for steps in (1,) if name == "distilled" else (1, 2, 4):
-            drawn.append(pipeline.draw(captions, judge.noise[:10], steps=steps))
+            drawn.append(pipeline.draw(captions, judge.noise[:10], steps=steps, solver="euler"))
             beside.append(f"{name}, {steps} step{'s' * (steps > 1)}")
     pictures.sheet(torch.cat(drawn), len(captions), path, captions, beside, inches=0.85)
 
@@ -191,7 +191,7 @@ def ablate(args: "Settings", folder: Path, judge: Judge) -> pd.DataFrame:
         pipeline = Pipeline.open(out, judge.device)
         row = {"time": where, "loss": loss, "seed": seed}
         for n in (1, 2):
-            drawn = pipeline.draw(judge.captions, judge.noise, steps=n)
+            drawn = pipeline.draw(judge.captions, judge.noise, steps=n, solver="euler")
             row[f"recognised_{n}"], row[f"frechet_{n}"] = judge.score(drawn, judge.labels)
         rows.append(row)
     table = pd.DataFrame(rows)

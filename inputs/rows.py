@@ -640,6 +640,7 @@ class Facts(Checked):
     cfg: Annotated[float, rule(least=-100, most=100)]
     cfg_below: Annotated[float, rule(least=0, most=1)]
     steps: Count
+    solver: Annotated[str, rule(choices=rf.SOLVERS)]
     shift: Annotated[float, rule(least=0.01, most=100)]
     preset: str
     patch_size: Count
@@ -835,10 +836,10 @@ class Rows:
         return self.__dict__ | {"text": None, "image": None, "null_text": None}
 
     def step_defaults(self, settings: dict) -> dict:
-        """Pieces of a path are learned for as many solver steps."""
+        """Pieces of a path are learned for as many Euler steps."""
         segments = settings.get("segments", 1)
         pieces = self.K and (segments > 1 or settings.get("time") == "start")
-        return {"sample_steps": segments} if pieces else {}
+        return {"sample_steps": segments, "solver": "euler"} if pieces else {}
 
     def begin(self, settings: DataOptions, device="cpu") -> "Rows":
         """Encoders, orders and held-out rows, once the settings are known."""

@@ -28,6 +28,7 @@ SHAPES = {  # facts of a run of chapter 2, of 20 pixels
     "cfg": 3.0,
     "cfg_below": 1.0,
     "steps": 2,
+    "solver": "euler",
     "shift": 2.0,
     "preset": "tiny",
     "patch_size": 4,

@@ -25,13 +25,15 @@ def student(teacher):
     return out
 
 
-def test_the_target_is_the_mean_velocity_of_the_guided_path():
+@pytest.mark.parametrize("solver", ["euler", "rf_solver"])
+def test_the_target_is_the_mean_velocity_of_the_guided_path(solver):
     """A teacher that is linear in x, t and text; a student that knows the answer."""
     steps, pieces, shift, cfg, below = 12, 3, 2.0, 3.0, 0.7
 
     class Teacher:
         def __init__(self):
             self.facts = {"cfg": cfg, "cfg_below": below, "steps": steps, "shift": shift}
+            self.facts["solver"] = solver
 
         def model(self, x, t, text):
             return -x * t.view(-1, 1, 1, 1) + text.mean((1, 2)).view(-1, 1, 1, 1)
@@ -46,8 +48,12 @@ def test_the_target_is_the_mean_velocity_of_the_guided_path():
         """Euler's steps of the guided path, one sample, to the end of its piece."""
         while True:
             t, word = grid[place], text.mean()
-            strength = cfg if t <= below else 1.0
-            x = x + (grid[place + 1] - t) * (-x * t + strength * word)
+            h = grid[place + 1] - t
+
+            def v(x, t, word=word):
+                return -x * t + (cfg if t <= below else 1.0) * word
+
+            x = x + h * (v(x, t) if solver == "euler" else v(x + h / 2 * v(x, t), t + h / 2))
             place += 1
             if place % (steps // pieces) == 0:
                 return x, grid[place]

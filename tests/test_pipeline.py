@@ -28,6 +28,7 @@ def greys(factor=1):
     image, batches = Pixels(), []
     image.factor = factor
     facts = {"size": 4 * factor, "cfg": 1.0, "cfg_below": 1.0, "steps": 4, "shift": 3.0}
+    facts |= {"solver": "euler"}
 
     def model(x, t, text):
         batches.append(len(x))
