@@ -36,11 +36,13 @@ COLORS = {
     "pink": (250, 140, 200),
     "brown": (130, 80, 45),
 }
+PALETTE = np.array(list(COLORS.values()), float)  # (colours, 3)
 SIZES = {"small": 0.14, "large": 0.19}  # radius
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = ("no", "one", "two", "three", "four")
 MAX_WORDS = 12  # no caption is longer
+NAMED = 0.5  # share of the captions of training that name each colour; see name_colors
 
 
 class World(NamedTuple):
@@ -134,6 +136,20 @@ def draw_meaning(rng: np.random.Generator, tag: str, world: World = FULL) -> Mea
     raise ValueError(f"tag {tag!r} must be one of {', '.join(TAGS)} or combined")
 
 
+def name_colors(meaning: Meaning, rng: np.random.Generator, world: World) -> Meaning:
+    """A colour for each group that has none, so that its caption says more.
+
+    Four of the six tags leave colours open. A network has more to learn from a picture whose
+    caption names what is in it (docs/recipes.md), so half of the training is on such captions.
+    """
+    order = rng.permutation(world.colors)  # two groups get two colours
+    named = (
+        g if g.color else g._replace(color=list(COLORS)[k])
+        for g, k in zip(meaning.groups, order, strict=False)
+    )
+    return meaning._replace(groups=tuple(named))
+
+
 def write_caption(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of several wordings of a meaning."""
 
@@ -193,6 +209,7 @@ class Thing(NamedTuple):
     radius: float
     x: float
     y: float
+    rgb: tuple[float, float, float] | None = None  # None: that of COLORS
 
 
 class Scene(NamedTuple):
@@ -208,16 +225,13 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
     a caption tells a small network which thing goes where. (The reader accepts any order.) A colour
     that the caption leaves open never makes a held-out pair: training would see it in the picture.
     """
-    palette = list(COLORS)[: world.colors]
     total = sum(g.count for g in meaning.groups)
-    looks = []  # (shape, color, radius) of each thing, group by group
+    looks = []  # (shape, color, radius, rgb) of each thing, group by group
     for group in meaning.groups:
-        color = group.color
-        while color is None or (group.color is None and held_out_pair(group.shape, color)):
-            color = pick(rng, palette)
+        color, rgb = (group.color, None) if group.color else open_color(group.shape, rng)
         size = group.size or ("small" if total > 2 else pick(rng, SIZES))
-        looks += [(group.shape, color, SIZES[size])] * group.count
-    radii = np.array([radius for _, _, radius in looks])
+        looks += [(group.shape, color, SIZES[size], rgb)] * group.count
+    radii = np.array([radius for _, _, radius, _ in looks])
     low, high = radii[:, None] + 0.03, 1 - radii[:, None] - 0.03
     tries = min(4 ** (total + 1), 256)  # layouts at once: crowded ones fit rarely
     while True:
@@ -232,9 +246,26 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
             good &= relation_holds(first_left, layouts, clear=0)
         if good.any():
             places = layouts[good.argmax()].tolist()
-            things = tuple(Thing(*look, *xy) for look, xy in zip(looks, places, strict=True))
+            things = tuple(
+                Thing(*look, *xy, rgb) for (*look, rgb), xy in zip(looks, places, strict=True)
+            )
             noise = float(rng.uniform(0, 6)) if rng.random() < 0.25 else 0.0
             return Scene(things, float(rng.uniform(0, 40)), noise)
+
+
+def open_color(shape: str, rng: np.random.Generator) -> tuple[str, tuple[float, float, float]]:
+    """A colour that the caption leaves open: → the nearest of COLORS, and the colour itself.
+
+    Any one that is bright enough to be seen, not only those with a name. Then a shape comes in all
+    shades, and the network learns colour and shape apart: it draws more pairs of them that it has
+    never seen (docs/recipes.md). Never one that the reader would take for the held-out one.
+    """
+    while True:
+        rgb = rng.uniform(0, 255, 3)
+        name = list(COLORS)[((PALETTE - rgb) ** 2).sum(1).argmin()]
+        bright = rgb.max() > 130 and rgb @ (0.3, 0.59, 0.11) > 65
+        if bright and not held_out_pair(shape, name):
+            return name, tuple(rgb)
 
 
 def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -307,7 +338,8 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     if scene.noise:
         picture += scene.noise * rng.standard_normal((1, size, size))
     for thing in scene.things:
-        mask, color = coverage(thing, size), np.array(COLORS[thing.color], float)
+        mask = coverage(thing, size)
+        color = np.array(thing.rgb or COLORS[thing.color], float)
         picture += mask * (color[:, None, None] - picture)
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
 
@@ -343,6 +375,8 @@ def draw_caption(
     """A meaning and its caption, of a random one of `tags`, (not) held out of training."""
     while True:
         meaning = draw_meaning(rng, pick(rng, tags), world)
+        if not held and rng.random() < NAMED:
+            meaning = name_colors(meaning, rng, world)
         caption = write_caption(meaning, rng)
         if held_out(meaning, caption) == held:
             return meaning, caption
@@ -363,7 +397,6 @@ def prompts_by_tag(world: World, n: int) -> list[tuple[Meaning, str]]:
 # The reader
 # ------------------------------------------------------------------------------------------------
 
-PALETTE = np.array(list(COLORS.values()), float)  # (colours, 3)
 CONTRAST = 45.0  # a pixel belongs to a thing if it is this far from the background, in RGB units
 FIT = 0.2  # largest share of a mask's energy that its shape may leave unexplained
 SCALES = np.geomspace(0.8, 1.25, 9)  # radii tried, as multiples of the one that the area tells
