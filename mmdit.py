@@ -626,7 +626,9 @@ class MMDiT(nn.Module):
         """
         # One compilation for each shape of image, with and without gradients. torch's limit is 8;
         # beyond it compilation fails.
-        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(256, dynamo.recompile_limit)
+        dynamo.accumulated_recompile_limit = max(1024, dynamo.accumulated_recompile_limit)
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(fullgraph=True, dynamic=False, **kwargs)
 

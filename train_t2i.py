@@ -374,10 +374,11 @@ def _leave_signals_to_the_trainer(worker: int):
 #              └─── gather: every rank receives all new weights, as bf16 ───┘
 #
 # The averages are split with the moments, because rf.keep_averages makes them states of AdamW. In
-# DeepSpeed's default, which ds_config.json keeps, every rank receives the whole mean gradient and
-# takes its own part of it. That is a quarter more traffic than plain data parallelism; to send each
-# part to its owner alone would be a quarter less. tools/plan.py counts memory and traffic for any
-# number of GPUs and passes.
+# DeepSpeed's default every rank receives the whole mean gradient and takes its own part of it. With
+# "use_multi_rank_bucket_allreduce": false in ds_config.json each part goes to its owner alone, that
+# is half the bytes: a quarter less than plain data parallelism. The file also switches off a timer
+# of DeepSpeed that would wait for the GPU twice in every pass. tools/plan.py counts memory and
+# traffic for any number of GPUs and passes.
 
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -422,14 +423,17 @@ def start_ranks(threads: int | None = None) -> Ranks:
     import deepspeed  # a slow import: only when the options have been read
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked worker complains
     device = local_device()
-    if device.type == "cpu":  # two ranks with all cores each would slow each other down
-        local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    # Ranks with all cores each would slow each other down, on GPUs too (the evaluation's reader).
+    local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
-    deepspeed.init_distributed(verbose=False)
+    # DeepSpeed ends a save with a barrier on the GPUs, in which all wait for the slowest disk: its
+    # own limit of ten minutes would end a run with a large checkpoint.
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
     # A second group of all ranks, with gloo, for tensors and objects in host memory: it never waits
-    # for a GPU. To repartition a large checkpoint takes long, hence the timeout.
+    # for a GPU.
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
@@ -766,8 +770,10 @@ class Run:
         if self.evals and self.evals[-1]["samples"] == self.seen:
             return
         settings, device = self.settings, self.engine.device
-        # The narrower average: during training the wider one lags too far behind.
-        with averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
+        # The narrower average: during training the wider one lags too far behind. Not compiled:
+        # an evaluation has batches of many other shapes, and each would cost a compilation.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, averaged(self.engine, self.adamw, EMA_WIDTHS[0]) as model:
             by_time = validation(model, self.rows, settings, device, self.ranks)
             frames, scores = draw_asked(model, self.rows, self.asked, settings, device, self.ranks)
         row = eval_row(self.seen, by_time) | scores
@@ -891,13 +897,15 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
     dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
     try:
         engine.save_checkpoint(str(folder), tag=PARTIAL, save_latest=False)
-        dist.barrier(group=ranks.group)  # the files of every rank are written
         if first:
             (partial / RUN_FILE).write_text(json.dumps(record))
-            for path in partial.rglob("*"):  # on the disk before the name changes
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
+        # On the disk before the name changes. Each rank its own: on a network's file system nobody
+        # else can flush what a machine still holds.
+        for path in partial.glob("*" if first else f"*zero_pp_rank_{ranks.rank}_*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        dist.barrier(group=ranks.group)  # the files of every rank are written
+        if first:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             (folder / "latest.partial").write_text(target.name)

@@ -47,6 +47,9 @@ def choose_device(name: str = "auto") -> torch.device:
 def begin(device: torch.device):
     """TF32 products on GPUs (fp32 range, shorter mantissa); on CPUs what cpu.py knows."""
     torch.set_float32_matmul_precision("high")
+    # cuDNN's attention is the default on recent GPUs, and NaN was reported from its backward pass
+    # (pytorch issue 196678). Flash attention takes its place.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         cpu.tune()
 

@@ -313,7 +313,9 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        return to_bytes(self.model.decode(x.to(self.device) / self.scale + self.shift).sample)
+        x = x.to(self.device) / self.scale + self.shift
+        parts = x.split(8)  # of 128 large pictures at once, one layer would fill a GPU
+        return torch.cat([to_bytes(self.model.decode(part).sample) for part in parts])
 
 
 def image_encoder(name: str, device: str | torch.device = "cpu", channels: int = 3):
