@@ -162,3 +162,8 @@ def test_vae_latents_have_the_pipelines_scale(tmp_path):
         close(vae.encode(given, vae_noise), (expected - 0.5) * 0.13025, atol=1e-5)
     decoded = vae.model.decode(drawn).sample
     close(vae.decode(vae.encode(images, noise)), encoders.to_bytes(decoded), atol=1)
+    latents, seen, decode = torch.randn(9, 4, 4, 6), [], vae.model.decode
+    whole = encoders.to_bytes(decode(latents / 0.13025 + 0.5).sample)
+    vae.model.decode = lambda x: seen.append(len(x)) or decode(x)
+    close(vae.decode(latents), whole, atol=1)  # few at a time: a layer of all would not fit
+    assert sum(seen) == 9 and max(seen) <= 8

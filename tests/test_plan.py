@@ -94,7 +94,7 @@ def test_the_command_prints_its_lines(capsys):
 
     assert numbers("computation") == [0.859, 424.9, 50, 989]
     N = 6_831_080_448
-    gigabytes = 63 / 64 * (4 * 8 + 2) * N / 1e9  # all-reduced, as ds_config.json says
+    gigabytes = 63 / 64 * (4 * 4 + 2) * N / 1e9  # to their owners, as ds_config.json says
     seconds = gigabytes / 45
     assert numbers("communication") == pytest.approx([seconds, gigabytes, 45], rel=1e-3)
     days = 50_000 * (0.848 + seconds) / 86400

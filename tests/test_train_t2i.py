@@ -284,6 +284,7 @@ def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert [found[key] for key in keys] == expected
     assert found["bf16"]["enabled"] == (settings.precision == "bf16")
+    assert found["timers"]["throughput"] == {"enabled": False}  # it waits for the GPU
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
