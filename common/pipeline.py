@@ -262,6 +262,16 @@ def drop_export(out: Path):
         (out / name).unlink(missing_ok=True)
 
 
+def natural_shift(vae: str, size: int) -> float:
+    """Of the training times, for latents of pictures with `size` pixels a side: 3 at 1024.
+
+    SD3 (2403.03206) found 3 to be best there, and √(m/n) times as much for m pixels as for n (eq.
+    23). Below 1 it would favour times near the data, so it ends there. Pixels have no such rule
+    here: 1, and the recipes of shapes have their own.
+    """
+    return 1.0 if vae == "pixels" else max(1.0, 3 * size / 1024)
+
+
 def settle_run(
     cls: type, typed: dict, saved: dict, device, recipe_of: Callable, stage=None, own=()
 ) -> tuple:
@@ -269,8 +279,8 @@ def settle_run(
 
     typed: the command line. saved: settings of the run to resume, or {}. recipe_of: preset → its
     defaults. own: further defaults of the trainer's.
-    A run that starts from another takes its network and encoders, and its time shift made fit for
-    the new size: m pixels need the shift √(m/n) times that of n pixels (SD3, 2403.03206, eq. 23).
+    A run that starts from another takes its network and encoders, and its time shift, made fit for
+    the new size (natural_shift).
     """
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
@@ -292,11 +302,14 @@ def settle_run(
         stage=stage,
     )
     older = {key: init[key] for key in FROM_INIT if init}
-    if init:
-        size = rows.facts.get("size", typed.get("size", init["size"]))
-        older["shift"] = init["shift"] * size / init["size"]
     defaults = [rows.step_defaults(known), rows.defaults, older, *own]
     preset = next((s["preset"] for s in (known, *defaults) if s.get("preset")), None)
+    seen = {"vae": cls.vae, "size": cls.size} | recipe_of(preset) | older | known | rows.facts
+    shift = natural_shift(seen["vae"], seen["size"])
+    if init:
+        older["shift"] = init["shift"] * shift / natural_shift(init["vae"], init["size"])
+    elif seen["vae"] != "pixels":
+        defaults.append({"shift": shift})
     settings = settle(
         cls,
         typed | {"data": rows.names},

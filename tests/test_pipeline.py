@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHAPES, close, exported
+from test_encoders import tiny_vae
 from test_ranks import run
 
 import rf
 import train_t2i
-from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
+from common.pipeline import Pipeline, checkpoints, load_shard, read_averages, settle_run
 from inputs.encoders import HashText, Pixels, to_bytes
 
 STEPS, WIDTHS = 6, train_t2i.EMA_WIDTHS
@@ -173,3 +174,19 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         load_shard(tmp_path / "mp_rank_00")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_the_shift_of_latents_follows_the_size_of_the_pictures(tmp_path):
+    """SD3's 3 at 1024 pixels, and √(m/n) of it elsewhere: not more at each --init."""
+    vae, known = tiny_vae(tmp_path / "vae"), {"data": ["shapes"], "batch_size": 8}
+    older, found = (
+        exported(tmp_path / "older", SHAPES | {"vae": vae, "size": 256, "shift": 1.5}),
+        [],
+    )
+    for size in (64, 512, 1024):
+        for more in ({"vae": vae}, {"init": older}, {"vae": vae, "shift": 7.0}, {}):
+            settings, _ = settle_run(
+                train_t2i.Settings, known | {"size": size} | more, {}, "cpu", train_t2i.recipe_of
+            )
+            found.append(settings.shift)
+    assert found == [1, 1.5, 7, 2, 1.5, 2.25, 7, 2, 3, 4.5, 7, 2]
