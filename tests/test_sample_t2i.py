@@ -124,7 +124,7 @@ def test_a_drawing_that_fails_leaves_the_pictures_before_it(home, tmp_path, caps
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
-def test_parts_fill_one_folder(home, tmp_path, capsys):
+def test_parts_fill_one_folder(home, tmp_path, capsys, monkeypatch):
     """File for file what one process draws: a picture has the noise of its number in the whole."""
     captions = ["a ring", "two stars", "a red circle", "a square", "a blue ring"]
     how = [home / "shapes", *captions, "--images", 2, "--out"]
@@ -143,7 +143,9 @@ def test_parts_fill_one_folder(home, tmp_path, capsys):
         assert (picture - wanted[name]).abs().max() <= 1
     assert told(folder) == told(tmp_path / "whole_pictures") and not parts.exists()  # no sheet
     for other in (["--seed", 1], ["--cfg", 1], ["a triangle"], ["--images", 3]):
-        said = refused(main, capsys, *how, parts, "--part", "0/3", *other)
+        with monkeypatch.context() as patch:
+            patch.setattr(Pipeline, "draw", None)  # refused before hours of drawing
+            said = refused(main, capsys, *how, parts, "--part", "0/3", *other)
         assert f"{folder} holds pictures of another command: choose another --out" in said
     assert len(shown(folder)) == 10
     with owned(folder, "sample_t2i.py", shared=True):  # another part draws
