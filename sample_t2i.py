@@ -2,15 +2,22 @@
 
     python sample_t2i.py runs/shapes "two red circles above a blue square"
     python sample_t2i.py runs/mnist 3 1 4 --images 8 --gif
-    python sample_t2i.py runs/shapes --prompts prompts.txt --cfg 5
+    python sample_t2i.py runs/shapes --prompts prompts.txt --cfg 5 --part 0/8
     python sample_t2i.py runs/shapes --score
     python sample_t2i.py runs/shapes --score --against runs/shapes4 --at-steps 1 2 4
     python sample_t2i.py fal/AuraFlow-v0.3 "a cat reading a newspaper" --auraflow
     python sample_t2i.py runs/mine --export diffusers out/mine
 
 RUN is the folder of a run (its newest weights are taken), of one checkpoint, or of exported
-weights. The score asks for the six GenEval tags (2310.11513) with captions that training never saw,
-and an exact reader (inputs/shapes.py) says which pictures obey.
+weights. What it draws:
+
+    out.png                        a sheet: a row of pictures for each caption
+    out_pictures/00003-0001.png    each picture at its own size: caption 3, picture 1, both from 0
+    out_pictures/metadata.jsonl    a line for each: file_name, text, and how it was made
+
+With --part 0/8 … 7/8 eight processes share the captions and fill one such folder, without a sheet.
+The score asks for the six GenEval tags (2310.11513) with captions that training never saw, and an
+exact reader (inputs/shapes.py) says which pictures obey.
 
 Start reading at paint(): captions and noise go in, pictures come out. Pipeline.draw
 (common/pipeline.py) encodes the captions, rf.sample follows the velocity, the image encoder
@@ -18,7 +25,9 @@ decodes. The noise of a picture depends on --seed and its number alone: the same
 any batch size, and two runs, or two values of an option, can be compared picture by picture.
 """
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,14 +38,16 @@ from common import pictures
 from common.auraflow import check, save_diffusers, save_pipeline
 from common.log import append_row, write_rows
 from common.pipeline import Pipeline, Sampling
-from common.settings import option, parse
-from common.start import MARK, claim, owned, program, read_lines
+from common.settings import Parted, option, parse
+from common.start import MARK, claim, owned, program, read_lines, write_whole
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
+OWNER = ("sample_t2i.py", "--out: the folder")  # of the single pictures, for claim and owned
+
 
 @dataclass(frozen=True)
-class Settings(Sampling):
+class Settings(Parted, Sampling):
     """Sampling (common/pipeline.py) has the options of every program that draws: cfg, steps, …"""
 
     prompt: list[str] = option([], "one or more captions, in quotes", positional=True)
@@ -44,7 +55,7 @@ class Settings(Sampling):
     images: int = option(4, "pictures of each caption", least=1)
     size: str | None = option(None, "pixels a side, or HEIGHTxWIDTH (the run's)")
     gif: bool = option(False, "also the way from noise to image, beside --out")
-    out: Path = option(Path("out.png"), "the picture")
+    out: Path = option(Path("out.png"), "the sheet; the single pictures go beside it")
     score: bool = option(False, "score the run on held-out captions", group="or else")
     against: list[str] = option([], "--score: other runs beside it")
     at_steps: list[int] = option([], "--score: at each of these numbers of steps", least=1)
@@ -58,6 +69,8 @@ class Settings(Sampling):
             len(self.export) != 2 or self.export[0] not in ("weights", "diffusers")
         ):
             raise ValueError(f"--export {' '.join(self.export)} must be weights or diffusers, OUT")
+        if self.share.step > 1 and (self.score or self.export or self.gif):
+            raise ValueError(f"--part {self.part} shares captions: drop --score, --export or --gif")
         if (self.score or self.export) and (self.prompt or self.prompts):
             raise ValueError("--score and --export draw no captions: drop them")
         if self.score and self.export:
@@ -69,6 +82,10 @@ class Settings(Sampling):
         if (self.against or self.at_steps) and not self.score:
             raise ValueError("--against and --at-steps need --score")
         pictures.png_path(self.out)
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f"{self.out.stem}_pictures")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,18 +137,56 @@ class Graphed:
 # ------------------------------------------------------------------------------------------------
 
 
+def begin_folder(folder: Path, metadata: bytes, part: bool):
+    """Its metadata.jsonl, without pictures of another command. A part deletes none: ValueError."""
+    file = folder / "metadata.jsonl"
+    older = [f for f in folder.iterdir() if re.fullmatch(r"\d{5,}-\d{4,}\.png", f.name)]
+    if older and not (file.exists() and file.read_bytes() == metadata):
+        if part:
+            raise ValueError(f"{folder} holds pictures of another command: choose another --out")
+        for picture in older:
+            picture.unlink()
+    write_whole(file, metadata)
+
+
 def paint(pipeline: Pipeline, captions: list[str], args: Settings):
-    """--images pictures of each caption, as a sheet, and the way to them as a GIF."""
-    each = [caption for caption in captions for _ in range(args.images)]
-    noise = pipeline.noise(args.seed, range(len(each)), args.size)
+    """--images pictures of each caption: each by itself, as a sheet, and the way to them as a GIF.
+
+    A part draws some of them. They have the names and the noise that they have in the whole.
+    """
+    part, images = args.share.step > 1, range(args.images)
+    numbers = [k * args.images + i for k in range(len(captions))[args.share] for i in images]
+    if not numbers:
+        print(f"--part {args.part} has none of the {len(captions)} captions")
+        return
+    recipe = pipeline.recipe(args.seed, args.size, **args.how())
+    rows = [
+        {"file_name": f"{k:05d}-{i:04d}.png", "text": caption} | recipe
+        for k, caption in enumerate(captions)
+        for i in images
+    ]
+    metadata = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    rows = [rows[n] for n in numbers]
+    each = [row["text"] for row in rows]
+    noise = pipeline.noise(args.seed, numbers, args.size)
     h, w = (side * pipeline.image.factor for side in noise.shape[2:])
     if args.gif and max((h + 1) * len(captions), (w + 1) * args.images) >= pictures.GIF_SIDE:
         raise ValueError(f"--gif: {len(each)} pictures of {h}x{w} are too many for one: drop it")
-    frames = pipeline.draw(each, noise, progress=True, trajectory=args.gif, **args.how())
+    pipeline.text.prepare(captions)  # an unknown word shows before a folder is made
+    with owned(args.folder, *OWNER, shared=part):
+        if part:
+            begin_folder(args.folder, metadata, part)  # a refusal, before hours of drawing
+        frames = pipeline.draw(each, noise, progress=True, trajectory=args.gif, **args.how())
+        begin_folder(args.folder, metadata, part)
+        final = frames[-1] if args.gif else frames
+        for row, picture in zip(rows, final, strict=True):
+            pictures.strip(picture[None], args.folder / row["file_name"])
+    print(f"wrote {args.folder}")
     if args.gif:
         pictures.film(frames, args.images, args.out.with_suffix(".gif"))
-        frames = frames[-1]
-    pictures.captioned(frames, each, args.out, args.images)
+    if not part:
+        pictures.captioned(final, each, args.out, args.images)
+        print(f"wrote {args.out}")
 
 
 def score(pipelines: dict[str, Pipeline], args: Settings):
@@ -197,12 +252,14 @@ def read_prompts(args: Settings) -> list[str]:
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
     if args.export:
+        args = replace(args, device="cpu")  # in fp32: GPUs draw with rounded weights
         out = Path(args.export[1])
         claim(out, "sample_t2i.py --export", "--export")
         if out.is_dir() and any(f.name != MARK and f.name[0] != "." for f in out.iterdir()):
             raise ValueError(f"--export {out} holds an export already: choose a new folder")
     elif not args.score:
         captions = read_prompts(args)  # a mistake shows before a large model is loaded
+        claim(args.folder, *OWNER)
     pipelines = {name: args.open(name) for name in (args.run, *args.against)}
     pipeline = pipelines[args.run]
     if args.export:
@@ -226,9 +283,9 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
         score(pipelines, args)
+        print(f"wrote {args.out}")
     else:
         paint(pipeline, captions, args)
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

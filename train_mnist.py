@@ -156,7 +156,7 @@ class Settings(DataOptions):
         fixed=True,
     )
     compile: bool | None = option(None, "compile the blocks (with CUDA and Triton)", local=True)
-    device: str = option("auto", "auto, cpu, mps or cuda", local=True)
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", local=True)
 
     # Pictures at the end. None of these changes the training, so a finished run may be resumed with
     # other values to draw again: `--resume --cfg 4`.

@@ -115,15 +115,20 @@ class Sampling(Options):
     )
     seed: int = option(0, "of the noise", least=0)
     batch: int | None = option(None, "images at a time (128, fewer where they are large)", least=1)
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def open(self, run: str | None = None) -> "Pipeline":
-        """The pipeline of RUN, or of another run, on the device."""
+        """The pipeline of RUN, or of another run, on the device.
+
+        Network and text encoder are in bf16 on a GPU, in fp32 elsewhere. The steps of the solver
+        and the VAE are in fp32 everywhere.
+        """
         device = choose_device(self.device)
         begin(device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if self.auraflow:
-            return Pipeline.auraflow(run or self.run, device)
-        return Pipeline.open(run or self.run, device, self.ema)
+            return Pipeline.auraflow(run or self.run, device, dtype)
+        return Pipeline.open(run or self.run, device, self.ema, dtype)
 
     def how(self) -> dict:
         """Arguments of Pipeline.draw."""
@@ -142,9 +147,12 @@ class Pipeline:
     origin: str = ""  # which weights, for people
 
     @classmethod
-    def open(cls, path: str | Path, device="cpu", ema: float | None = None) -> "Pipeline":
+    def open(
+        cls, path: str | Path, device="cpu", ema: float | None = None, dtype=torch.float32
+    ) -> "Pipeline":
         """A run, a checkpoint or exported weights. ema: the relative width of the average, if not
-        the one that was exported, or the narrowest: any width near the two that are kept.
+        the one that was exported, or the narrowest: any width near the two that are kept. dtype: of
+        network and text encoder.
 
         Raises FileNotFoundError or ValueError if it holds no weights of ours.
         """
@@ -154,7 +162,7 @@ class Pipeline:
         else:
             model, origin = open_checkpoint(path, ema)
         tokens, words = facts["text_tokens"], facts["words"]
-        text = text_encoder(facts["text_encoder"], tokens, device, words)
+        text = text_encoder(facts["text_encoder"], tokens, device, words, dtype)
         image = image_encoder(facts["vae"], device, facts["channels"])
         seen = (model.config.text_dim, model.config.in_channels)
         if seen != (text.dim, image.channels):
@@ -162,13 +170,12 @@ class Pipeline:
         # Programs that go on with older files compare it: the weights must be the same, too.
         weights = checksum(model.state_dict()) % 2**32
         origin += f" after {facts['samples']} samples (weights {weights:08x})"
-        return cls(model.to(device).eval(), text, image, facts, device, origin)
+        return cls(model.to(device, dtype).eval(), text, image, facts, device, origin)
 
     @classmethod
-    def auraflow(cls, name: str, device: torch.device) -> "Pipeline":
-        """AuraFlow's release, by hub name or folder; network and text in bf16 on a GPU."""
+    def auraflow(cls, name: str, device, dtype=torch.float32) -> "Pipeline":
+        """AuraFlow's release, by hub name or folder. dtype: of network and text encoder."""
         folder = pipeline_folder(name)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_auraflow(folder, device, dtype)
         text = HuggingFaceText(str(folder), 256, device, dtype)
         return cls(model, text, VAE(str(folder), device), AURAFLOW, device, name)
@@ -203,6 +210,11 @@ class Pipeline:
     def how(self, **given) -> dict:
         """Of HOW, for rf.sample; None is the run's own value."""
         return {key: self.facts[key] if given.get(key) is None else given[key] for key in HOW}
+
+    def recipe(self, seed: int, size: int | str | None = None, **given) -> dict:
+        """What a picture is made of, apart from its caption and number: JSON values."""
+        made = {"seed": seed, "size": list(self.latent(size)), "model": self.origin}
+        return self.how(**given) | made
 
     def draw(
         self,

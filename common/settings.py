@@ -186,6 +186,26 @@ class Options(Checked):
         return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
 
 
+@dataclass(frozen=True)
+class Parted(Options):
+    """Of programs whose work several processes may share: each makes pieces of its own, and the
+    folder that all write to holds in the end what one process would have made."""
+
+    part: str = option("0/1", "i/n: make every n-th piece of the work, from the i-th on (from 0)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        i, _, n = self.part.partition("/")
+        if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+            raise ValueError(f"--part {self.part} must be i/n with 0 ≤ i < n, such as 0/2 and 1/2")
+
+    @property
+    def share(self) -> slice:
+        """This process's pieces of a list of all: [2, 10, 18, …] for 2/8."""
+        i, _, n = self.part.partition("/")
+        return slice(int(i), None, int(n))
+
+
 def parse(
     cls: type[Options], argv: Sequence[str] | None, about: str, recipes: Mapping[str, dict] = {}
 ) -> dict:

@@ -34,14 +34,16 @@ except ImportError:  # Windows: there nothing keeps two processes from one folde
 
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is the first of cuda, mps and cpu that is here. ValueError if `name` is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here["cpu"] = True
-    if name == "auto":
-        name = next(n for n, present in here.items() if present)
-    if not here.get(name):
-        have = ", ".join(n for n, present in here.items() if present)
-        raise ValueError(f"--device {name!r} is not here; this machine has: {have}")
-    return torch.device(name)
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards)]
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise ValueError(f"--device {name!r} is not here; this machine has: {', '.join(here)}")
+    device = torch.device(name)
+    if device.index is not None:  # or streams and compiled kernels would be the first card's
+        torch.cuda.set_device(device)
+    return device
 
 
 def begin(device: torch.device):
@@ -164,24 +166,25 @@ def mark(folder: Path, program: str) -> Path:
 
 
 @contextmanager
-def owned(folder: Path, program: str, what: str = "--out"):
+def owned(folder: Path, program: str, what: str = "--out", shared: bool = False):
     """Inside, the folder is there, says whose it is, and no other process may own it.
 
-    The lock ends with the process, however it ends. ValueError as claim, or if it is taken.
+    shared: but others that share it (--part) may. The lock ends with the process, however it ends.
+    ValueError as claim, or if it is taken.
     """
     claim(folder, program, what)
     ours = (folder / MARK).exists()
     with open(mark(folder, program), "r+") as file:
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"{what} {folder} is in use by another process: wait for it, or choose another"
             ) from error
         except OSError:  # a file system without locks
             pass
-        if ours:
+        if ours and not shared:  # another machine's part may be writing
             sweep(folder)
         yield folder
 

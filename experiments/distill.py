@@ -100,7 +100,7 @@ class Settings(Options):
     seed: int = option(1, "of noise and captions; the teacher's would repeat what it saw", least=0)
     out: Path | None = option(None, "folder of the student's run (RUN with its number of steps)")
     resume: bool = option(False, "go on with the student in --out")
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
 @program(NAME)

@@ -99,7 +99,7 @@ class Settings(Options):
     data_dir: Path = option(Path("data"), "of the digits")
     number: int = option(100, "pictures", least=1)
     cfg: float = option(2.0, "guidance of the edit", least=-100, most=100)
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
 @program("experiments.edit")

@@ -67,7 +67,7 @@ class Grid(Options):
     dataset: str = option("glyphs", ", ".join(DATASETS), choices=DATASETS)
     data_dir: Path = option(Path("data"), "where MNIST lies or goes")
     seeds: int = option(1, "runs of each network", least=1)
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def csv(self, name: str) -> Path:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -220,7 +220,7 @@ class Settings(Options):
     cache: Path = option(Path("runs/readers"), "where CNNs are kept")
     seed: int = option(0, "of pairs and training", least=0)
     overwrite: bool = option(False, "begin anew; what is there becomes RUN/reflow.old")
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
 @program("experiments.reflow")

@@ -24,6 +24,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.settings import Checked, Count, Positive, rule
@@ -221,15 +222,14 @@ class HuggingFaceText:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:
+        # Padded to the longest caption, not to T: the encoder computes padding like words, and most
+        # captions are far shorter than T.
         batch = self.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokens,
-            return_tensors="pt",
+            captions, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.device)
         features = self.model(batch.input_ids, attention_mask=batch.attention_mask)[0].float()
-        return features * batch.attention_mask[..., None]
+        features = features * batch.attention_mask[..., None]
+        return F.pad(features, (0, 0, 0, self.tokens - features.shape[1]))  # (B, T, E)
 
     def prepare(self, captions: list[str]) -> list[str]:
         return captions
@@ -238,15 +238,24 @@ class HuggingFaceText:
         return self(captions).to(device)
 
 
-def text_encoder(name: str, tokens: int, device: str | torch.device = "cpu", words=()):
-    """`words`, `hash`, or the name or folder of a T5 / UMT5; captions end after `tokens`."""
+def text_encoder(
+    name: str,
+    tokens: int,
+    device: str | torch.device = "cpu",
+    words=(),
+    dtype: torch.dtype = torch.float32,
+):
+    """`words`, `hash`, or the name or folder of a T5 / UMT5 (in `dtype`); captions end after
+    `tokens`."""
     if name == "words":
         if not words:
             raise ValueError(
                 "--text-encoder words is for digits, whose captions are one word: drop it"
             )
         return Words(words)
-    return HashText(tokens=tokens) if name == "hash" else HuggingFaceText(name, tokens, device)
+    if name == "hash":
+        return HashText(tokens=tokens)
+    return HuggingFaceText(name, tokens, device, dtype)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ log."""
 import math
 import signal
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from helpers import records
 
 from common import cpu, log, start
-from common.settings import Options, option, parse, settle
+from common.settings import Options, Parted, option, parse, settle
 from common.start import NOTHING, SAVE, STOP, Signals
 from mmdit import Linear
 
@@ -100,6 +101,15 @@ def test_a_run_keeps_its_settings_without_those_of_the_call():
     assert Settings(half=True, save_to=Path("a")).saved() == kept | {"prompt": []}
 
 
+def test_parts_are_the_whole_each_piece_once():
+    pieces = [list(range(11))[Parted(part=f"{i}/4").share] for i in range(4)]
+    assert pieces[2] == [2, 6, 10] and sorted(chain(*pieces)) == list(range(11))
+    assert list(range(3))[Parted().share] == [0, 1, 2] and [1][Parted(part="1/2").share] == []
+    for part in ("2/2", "8/8", "1", "", "/2", "1/", "-1/2", "1/2/3", "a/b", "0/0", "0.5/2"):
+        with pytest.raises(ValueError, match=rf"--part {part} must be i/n with 0 ≤ i < n, such as"):
+            Parted(part=part)
+
+
 # --- start ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +121,16 @@ def test_a_device_is_chosen_of_those_that_are_here(monkeypatch):
     with pytest.raises(ValueError, match="'cuda' is not here; this machine has: mps, cpu"):
         start.choose_device("cuda")
     here["cuda"] = True
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [start.choose_device(name).type for name in ("auto", "cpu")] == ["cuda", "cpu"]
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert start.choose_device("cuda:1") == torch.device("cuda", 1) == current.pop()
+    assert start.choose_device("cuda") == torch.device("cuda") and not current
+    for name in ("cuda:2", "cuda:-1", "cuda:x", "cuda:", "gpu"):
+        said = f"'{name}' is not here; this machine has: cuda, cuda:0, cuda:1, mps, cpu"
+        with pytest.raises(ValueError, match=said):
+            start.choose_device(name)
 
 
 def test_beginning_tunes_the_products_of_the_device():

@@ -93,6 +93,30 @@ def test_t5_masks_padding_and_opens_pipelines(tmp_path):
     close(alone[0], x[0, :4], atol=1e-5)  # padding changes nothing
 
 
+def test_t5_computes_no_more_tokens_than_the_longest_caption_has(tmp_path, monkeypatch):
+    """And what it computes is what it would with all of the padding."""
+    text = text_encoder(tiny_t5(tmp_path), 7)
+    captions = ["a red ring", "red", "", "a ring a ring a ring a ring a ring"]
+    every = {"padding": "max_length", "truncation": True, "max_length": 7, "return_tensors": "pt"}
+    batch, seen, model = text.tokenizer(captions, **every), [], text.model
+    expected = model(**batch)[0] * batch.attention_mask[..., None]
+    monkeypatch.setattr(
+        text, "model", lambda ids, **how: (seen.append(ids.shape[1]), model(ids, **how))[1]
+    )
+    for chosen, longest in ((slice(4), 7), (slice(3), 4), (slice(1, 3), 2)):  # the last one is cut
+        close(text(captions[chosen]), expected[chosen])
+        assert seen.pop() == longest
+
+
+def test_t5_in_half_precision_is_near(tmp_path):
+    folder = tiny_t5(tmp_path)
+    half, full = (text_encoder(folder, 7, dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert half.model.dtype == torch.bfloat16 and full.model.dtype == torch.float32
+    found, expected = half(["a red ring", ""]), full(["a red ring", ""])
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    close(found, expected, atol=0.05)
+
+
 def tiny_vae(folder):
     """A random AutoencoderKL that halves the side, saved; its folder as a string."""
     import diffusers

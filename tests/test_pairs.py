@@ -1,6 +1,7 @@
 """tools/pairs.py and the rows that its folders are: what is written, what a run takes from them."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -89,9 +90,24 @@ def test_a_command_goes_on_and_a_greater_number_adds_chunks(home, tmp_path, caps
         assert f"holds other pairs ({other}" in said
 
 
+def test_parts_make_the_chunks_of_one_folder(home, tmp_path, capsys):
+    whole = make(home / "digits", tmp_path / "whole", "--number", 45)
+    out = tmp_path / "parts"
+    for part, chunks in (("1/2", [1, 3]), ("0/2", [0, 1, 2, 3, 4])):
+        make(home / "digits", out, "--number", 45, "--part", part)
+        assert sorted(int(f.stem) for f in out.glob("*.safetensors")) == chunks
+    done = "this part is done; .*parts is ready when all parts are\n.*parts holds 45 pairs\n$"
+    assert re.search(done, capsys.readouterr().out)
+    wanted, found = ({f.name: f.read_bytes() for f in x.iterdir()} for x in (whole, out))
+    assert found == wanted and len(found) == 7
+    other = ["--number", 45, "--part", "0/2", "--seed", 1, "--out", out]
+    assert "holds other pairs" in refused(main, capsys, home / "digits", *HOW, *other)
+
+
 @pytest.mark.parametrize(
     "run, options, message",
     [
+        ("digits", "--part 1/1", "--part 1/1 must be i/n with 0 ≤ i < n, such as 0/2 and 1/2"),
         ("digits", "--segments 2 --steps 5", "--steps 5 must be a multiple of --segments 2"),
         ("digits", "--solver magic", "--solver 'magic' must be one of euler, heun, rf_solver"),
         ("digits", "--prompts nowhere.txt", "nowhere.txt"),

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHAPES, close, exported
-from test_encoders import tiny_vae
+from test_encoders import tiny_t5, tiny_vae
 from test_ranks import run
 
 import rf
 import train_t2i
-from common.pipeline import Pipeline, checkpoints, load_shard, read_averages, settle_run
+from common import pipeline as pipeline_module
+from common.pipeline import (
+    Pipeline,
+    Sampling,
+    checkpoints,
+    load_shard,
+    read_averages,
+    settle_run,
+)
 from inputs.encoders import HashText, Pixels, to_bytes
 
 STEPS, WIDTHS = 6, train_t2i.EMA_WIDTHS
@@ -109,6 +117,35 @@ def test_exported_weights_draw_the_same(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r'config.json is damaged.* "model" is missing'):
         Pipeline.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("auraflow", [False, True])
+@pytest.mark.parametrize("device, dtype", [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_gpus_draw_in_half_precision(monkeypatch, device, dtype, auraflow):
+    opened = {
+        "auraflow": lambda name, device, dtype: (name, device.type, dtype),
+        "open": lambda name, device, ema, dtype: (name, device.type, dtype),
+    }
+    for name, record in opened.items():
+        monkeypatch.setattr(Pipeline, name, record)
+    monkeypatch.setattr(pipeline_module, "choose_device", torch.device)
+    monkeypatch.setattr(pipeline_module, "begin", lambda device: None)
+    sampling = Sampling(run="run", device=device, auraflow=auraflow)
+    assert sampling.open() == ("run", device, dtype)
+    assert sampling.open("other") == ("other", device, dtype)
+
+
+def test_half_precision_draws_nearly_the_same(tmp_path):
+    """Network and text alike; the noise is the same, and so are the weights' names."""
+    facts = {"text_encoder": tiny_t5(tmp_path / "t5"), "text_tokens": 7}
+    run = exported(tmp_path / "run", SHAPES | facts)
+    full, half = Pipeline.open(run), Pipeline.open(run, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.model.parameters()} == {half.text.model.dtype} == {torch.bfloat16}
+    assert {p.dtype for p in full.model.parameters()} == {full.text.model.dtype} == {torch.float32}
+    assert half.origin == full.origin
+    noise, captions = full.noise(0, range(3)), ["a red ring", "a ring", ""]
+    a, b = (each.draw(captions, noise).int() for each in (full, half))
+    assert 0 < (a - b).abs().float().mean() < 2
 
 
 # --- averages ------------------------------------------------------------------------------------

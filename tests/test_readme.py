@@ -34,7 +34,7 @@ def commands() -> list[str]:
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                found |= {part.strip() for part in line.partition("#")[0].split("&&")}
+                found |= {part.strip(" &") for part in line.partition("#")[0].split("&&")}
     return sorted(c for c in found if re.search(r"\w+\.py|-m \w+\.\w+", c) and "srun" not in c)
 
 

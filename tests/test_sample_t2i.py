@@ -1,5 +1,6 @@
 """sample_t2i.py: the command line, from captions to pictures, scores and exports."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -9,9 +10,11 @@ import torch
 from helpers import DIGITS, SHAPES, call, close, exported, records, refused
 from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
+from torchvision.transforms.functional import pil_to_tensor
 
 from common.auraflow import load_auraflow
 from common.pipeline import Pipeline
+from common.start import owned
 from sample_t2i import Graphed, main
 
 
@@ -59,6 +62,102 @@ def test_prompts_are_read_once_and_a_gif_has_room(home, tmp_path, capsys):
     assert "--gif: 10000 pictures of 20x20 are too many for one: drop it" in said
 
 
+def shown(folder):
+    """file name → its picture, of the pictures that are there."""
+    return {f.name: pil_to_tensor(Image.open(f)).int() for f in sorted(folder.glob("*.png"))}
+
+
+def told(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_each_picture_stands_by_itself_with_its_caption(home, tmp_path, capsys):
+    out, folder = tmp_path / "a.png", tmp_path / "a_pictures"
+    captions, how = ["a red circle", "two stars"], ["--images", 2, "--size", "12x20", "--out", out]
+    call(main, home / "shapes", *captions, *how, "--seed", 3)
+    assert f"wrote {folder}\n" in capsys.readouterr().out
+    pipeline = Pipeline.open(home / "shapes")
+    each = [caption for caption in captions for _ in range(2)]
+    wanted = pipeline.draw(each, pipeline.noise(3, range(4), "12x20"))
+    names = ["00000-0000.png", "00000-0001.png", "00001-0000.png", "00001-0001.png"]
+    found = shown(folder)
+    assert list(found) == names and torch.equal(torch.stack([*found.values()]), wanted.int())
+    rows = told(folder)
+    assert [(row["file_name"], row["text"]) for row in rows] == [*zip(names, each, strict=True)]
+    for row in rows:
+        assert (row["seed"], row["cfg"], row["steps"], row["size"]) == (3, 3.0, 2, [3, 12, 20])
+        assert row["model"] == pipeline.origin
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    call(main, home / "shapes", *captions, *how, "--seed", 3)  # the same command again
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "mine-1.png").write_bytes(b"mine")
+    call(main, home / "shapes", "a ring", "--images", 1, "--out", out)  # fewer: no old one stays
+    assert {f.name for f in folder.iterdir()} - {"mine-1.png"} == {
+        "made_by.txt",
+        "metadata.jsonl",
+        names[0],
+    }
+    assert [row["text"] for row in told(folder)] == ["a ring"]
+    assert (folder / "mine-1.png").read_bytes() == b"mine"
+
+
+def test_no_picture_goes_into_the_folder_of_another(home, tmp_path, capsys):
+    folder = tmp_path / "a_pictures"
+    folder.mkdir()
+    (folder / "00000-0000.png").write_bytes(b"mine")
+    for run in (home / "shapes", tmp_path / "nowhere"):  # before a network is loaded
+        said = refused(main, capsys, run, "a ring", "--out", tmp_path / "a.png")
+        assert f"--out: the folder {folder} holds other files: sample_t2i.py needs a new" in said
+    assert (folder / "00000-0000.png").read_bytes() == b"mine" and not (tmp_path / "a.png").exists()
+
+
+def test_a_drawing_that_fails_leaves_the_pictures_before_it(home, tmp_path, capsys, monkeypatch):
+    how = [home / "shapes", "--images", 1, "--out", tmp_path / "a.png"]
+    call(main, *how, "a ring")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def failed(*args, **how):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(Pipeline, "draw", failed)
+    assert "not finite" in refused(main, capsys, *how, "a star")
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_parts_fill_one_folder(home, tmp_path, capsys, monkeypatch):
+    """File for file what one process draws: a picture has the noise of its number in the whole."""
+    captions = ["a ring", "two stars", "a red circle", "a square", "a blue ring"]
+    how = [home / "shapes", *captions, "--images", 2, "--out"]
+    call(main, *how, tmp_path / "whole.png")
+    parts, folder = tmp_path / "parts.png", tmp_path / "parts_pictures"
+    for part in ("2/3", "0/3"):
+        call(main, *how, parts, "--part", part)
+    wanted = shown(tmp_path / "whole_pictures")
+    assert shown(folder).keys() == {name for name in wanted if name[4] in "023"}
+    call(main, *how, parts, "--part", "1/3")
+    call(main, *how, parts, "--part", "7/9")  # more parts than captions
+    assert "--part 7/9 has none of the 5 captions" in capsys.readouterr().out
+    found = shown(folder)
+    assert found.keys() == wanted.keys() and len(found) == 10
+    for name, picture in found.items():
+        assert (picture - wanted[name]).abs().max() <= 1
+    assert told(folder) == told(tmp_path / "whole_pictures") and not parts.exists()  # no sheet
+    for other in (["--seed", 1], ["--cfg", 1], ["a triangle"], ["--images", 3]):
+        with monkeypatch.context() as patch:
+            patch.setattr(Pipeline, "draw", None)  # refused before hours of drawing
+            said = refused(main, capsys, *how, parts, "--part", "0/3", *other)
+        assert f"{folder} holds pictures of another command: choose another --out" in said
+    assert len(shown(folder)) == 10
+    with owned(folder, "sample_t2i.py", shared=True):  # another part draws
+        call(main, *how, parts, "--part", "1/3")
+        assert "is in use by another process" in refused(main, capsys, *how, parts)
+    with owned(folder, "sample_t2i.py"):
+        said = refused(main, capsys, *how, parts, "--part", "1/3")
+        assert f"--out: the folder {folder} is in use by another process" in said
+    call(main, *how, parts, "--seed", 1)  # one process replaces them all
+    assert {row["seed"] for row in told(folder)} == {1} and parts.exists()
+
+
 def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
     out = tmp_path / "score.png"
     how = ["--score", "--against", home / "other", "--per-tag", 2, "--out", out]
@@ -78,7 +177,7 @@ def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
 
 def test_the_network_is_exported(home, tmp_path, capsys):
     export = [home / "shapes", "--export", "weights", tmp_path]
-    call(main, *export)
+    call(main, *export, "--device", "cuda")  # as they are, not rounded for a GPU
     assert "holds an export already: choose a new folder" in refused(main, capsys, *export)
     ours = tmp_path / "with git"
     (ours / ".git").mkdir(parents=True)
@@ -109,6 +208,16 @@ def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
     [
         (["shapes"], "no caption given: write one in quotes, or give --prompts FILE"),
         (["shapes", "--prompts", "nowhere.txt"], "--prompts nowhere.txt is not there: give a text"),
+        (["shapes", "a ring", "--part", "2/2"], "--part 2/2 must be i/n with 0 ≤ i < n, such as"),
+        (
+            ["shapes", "a ring", "--part", "1/2", "--gif"],
+            "--part 1/2 shares captions: drop --score",
+        ),
+        (
+            ["shapes", "--score", "--part", "0/2"],
+            "shares captions: drop --score, --export or --gif",
+        ),
+        (["shapes", "a ring", "--device", "cuda:99"], "'cuda:99' is not here; this machine has: "),
         (["shapes", "--score", "--size", 8], "pictures of the run's own size: drop --size 8"),
         (["shapes", "--score", "--at-steps", 1, 0], "--at-steps 0 must be at least 1"),
         (["nowhere", "a ring"], "holds no weights: train it first, or give another run"),
@@ -123,7 +232,8 @@ def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
 def test_wrong_input_ends_in_one_line(home, tmp_path, capsys, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     run, *rest = args
-    assert message in refused(main, capsys, home / run, *rest, "--device", "cpu")
+    rest = rest if "--device" in rest else [*rest, "--device", "cpu"]
+    assert message in refused(main, capsys, home / run, *rest)
     assert not list(tmp_path.iterdir())
 
 

@@ -151,6 +151,25 @@ def test_geneval_gets_its_folders_and_goes_on_where_it_stopped(run, metadata, tm
         assert found.shape == (3, 20, 20) and (found - picture).abs().max() <= 1
 
 
+def test_parts_share_the_prompts_of_geneval(run, metadata, tmp_path, capsys):
+    how, outs = ["--images", 2, "--batch", 2], [tmp_path / name for name in ("whole", "parts")]
+    call(geneval.main, run, metadata, *how, "--out", outs[0])
+    call(geneval.main, run, metadata, *how, "--out", outs[1], "--part", "1/2")
+    assert [f.parts[-3] for f in outs[1].rglob("*.png")] == ["00001", "00001"]
+    with owned(outs[1], "tools.geneval", shared=True):  # another part draws
+        call(geneval.main, run, metadata, *how, "--out", outs[1], "--part", "0/2")
+        said = refused(geneval.main, capsys, run, metadata, *how, "--out", outs[1])
+        assert "is in use by another process" in said
+    found, wanted = (
+        {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()} for out in outs
+    )
+    assert wanted.keys() == found.keys() and len(found) == 12
+    for path, content in found.items():
+        assert content == wanted[path], path
+    other = ["--part", "0/2", "--seed", 1, "--out", outs[1]]
+    assert "was begun with" in refused(geneval.main, capsys, run, metadata, *how, *other)
+
+
 def test_another_setting_is_refused(run, metadata, tmp_path, capsys):
     how = ["--out", tmp_path / "geneval", "--images", 1]
     call(geneval.main, run, metadata, *how)
@@ -191,6 +210,7 @@ def test_auraflow_is_drawn_with_its_own_settings(tmp_path):
     "options, reason",
     [
         (["run", "--images", 0], "0 must be at least 1"),
+        (["run", "--part", "3/3"], "--part 3/3 must be i/n with 0 ≤ i < n, such as 0/2 and 1/2"),
         (["run", "--size", "big"], "--size big must be a number of pixels or HEIGHTxWIDTH"),
         (["empty", "--auraflow"], "no .safetensors file and no folder with one"),
     ],

@@ -1,7 +1,7 @@
 """GENEVAL: pictures of its prompts, in the folders that its evaluator reads.
 
     python -m tools.geneval runs/my evaluation_metadata.jsonl --out out/geneval
-    python -m tools.geneval fal/AuraFlow-v0.3 evaluation_metadata.jsonl --auraflow
+    python -m tools.geneval fal/AuraFlow-v0.3 evaluation_metadata.jsonl --auraflow --part 0/8
 
     out/geneval/00000/metadata.jsonl      the prompt's row, as it was
     out/geneval/00000/samples/0000.png …  --images pictures of it
@@ -9,43 +9,37 @@
 
 GenEval (Ghosh et al. 2023, 2310.11513) has prompts of six kinds; the score is the mean of the six
 accuracies. A picture's noise depends on (seed, its number) alone. A second call goes on where the
-first one stopped, and is refused if it asks for anything else.
+first one stopped, and is refused if it asks for anything else. With --part 0/8 … 7/8 eight
+processes share the prompts and fill one folder.
 """
 
 import json
 import zlib
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.pictures import strip
 from common.pipeline import Pipeline, Sampling
-from common.settings import option, parse, read_json
+from common.settings import Parted, option, parse, read_json
 from common.start import claim, owned, program, write_whole
 from tools.enhance import read_rows
 
 
 def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
     """Draw each row's "prompt" into args.out. ValueError if that was begun with other settings."""
-    from torchvision.transforms.functional import to_pil_image
-
-    settings = {
-        **pipeline.how(**args.how()),
-        "seed": args.seed,
-        "size": list(pipeline.latent(args.size)),
-        "images": args.images,
-        "model": pipeline.origin,
-        "rows": zlib.crc32(json.dumps(rows).encode()),
-    }
+    settings = pipeline.recipe(args.seed, args.size, **args.how())
+    settings |= {"images": args.images, "rows": zlib.crc32(json.dumps(rows).encode())}
     out, begun = args.out, args.out / "settings.json"
     drawn = {file for file in out.glob("*/samples/*.png") if file.read_bytes()[-8:-4] == b"IEND"}
     if (drawn or begun.exists()) and read_json(begun) != settings:
         raise ValueError(f"--out {out} was begun with {read_json(begun)}: choose another --out")
     write_whole(begun, json.dumps(settings).encode())
     missing = []  # file, caption, number of the picture
-    for k, row in enumerate(map(dict, rows)):
-        folder, prompt = out / f"{k:05d}", row["prompt"]
+    for k in range(len(rows))[args.share]:
+        folder, row = out / f"{k:05d}", dict(rows[k])
+        prompt = row["prompt"]
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         if "original" in row:  # the evaluator knows only this one
             row["prompt"] = row.pop("original")
@@ -61,13 +55,11 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
         noise = pipeline.noise(args.seed, numbers, args.size)
         pictures = pipeline.draw(captions, noise, **args.how())
         for file, picture in zip(files, pictures, strict=True):
-            png = BytesIO()
-            to_pil_image(picture).save(png, "PNG")
-            write_whole(file, png.getvalue())
+            strip(picture[None], file)
 
 
 @dataclass(frozen=True)
-class Settings(Sampling):
+class Settings(Parted, Sampling):
     metadata: Path = option(
         None, "evaluation_metadata.jsonl, or from tools.enhance", positional=True
     )
@@ -83,7 +75,7 @@ def main(argv=None):
     claim(args.out, "tools.geneval")
     pipeline = args.open()
     pipeline.latent(args.size)  # before a folder is made
-    with owned(args.out, "tools.geneval"):
+    with owned(args.out, "tools.geneval", shared=args.share.step > 1):
         geneval(pipeline, rows, args)
     print(f"wrote {args.out}")
 

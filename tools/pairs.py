@@ -7,7 +7,8 @@
 
 A folder holds pairs.json, how they were made, and chunks 00000.safetensors, …; chunk i is a
 function of (seed, i) alone and appears whole or not at all. So a killed command goes on where it
-was, and what comes out is the same to the byte (on the same kind of device).
+was, and what comes out is the same to the byte (on the same kind of device). With --part 0/8 … 7/8
+eight processes share the chunks of one folder.
 
 Shapes: K segments; states (B, K + 1, C, h, w) from the noise to the data, see rf.reflow_states.
 """
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import rf
 from common.pipeline import HOW, Pipeline, Sampling
-from common.settings import option, parse, read_json
+from common.settings import Parted, option, parse, read_json
 from common.start import claim, mark, program, read_lines, sweep, write_whole
 from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
 from inputs.shapes import TAGS, World, draw_caption
@@ -108,7 +109,7 @@ def whole(file: Path, about: dict) -> bool:
 
 
 @dataclass(frozen=True)
-class Settings(Sampling):
+class Settings(Parted, Sampling):
     out: Path = option(None, "folder of the pairs", group="pairs")
     number: int = option(30_000, "pairs", least=1)
     segments: int = option(1, "pieces kept of each path", least=1)
@@ -145,10 +146,11 @@ def main(argv: list[str] | None = None):
     about = json.loads(json.dumps(about))  # as it will be read
     captions_of(pipeline, lines, 1, 0)  # before anything is written
     begin_folder(args.out, about)
-    bar = tqdm(total=args.number, unit="pair", unit_scale=True, desc="pairs")
-    with bar:
-        for i in range(-(-args.number // args.chunk)):
-            file = args.out / f"{i:05d}.safetensors"
+    files = [args.out / f"{i:05d}.safetensors" for i in range(-(-args.number // args.chunk))]
+    total = args.number // args.share.step
+    with tqdm(total=total, unit="pair", unit_scale=True, desc="pairs") as bar:
+        for file in files[args.share]:
+            i = int(file.stem)
             if whole(file, about):
                 rows = min(args.chunk, args.number - i * args.chunk)
                 bar.initial += rows  # made before: the speed leaves it out
@@ -158,6 +160,9 @@ def main(argv: list[str] | None = None):
                 if read_json(args.out / "pairs.json") | {"number": args.number} != about:
                     raise ValueError(f"--out {args.out} was begun anew with others: choose another")
                 write_whole(file, content)
+    if not all(file.exists() for file in files):
+        print(f"this part is done; {args.out} is ready when all parts are")
+        return
     sweep(args.out)
     print(f"{args.out} holds {args.number:,} pairs")
 

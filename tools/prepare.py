@@ -56,7 +56,17 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import rf
-from common.settings import Checked, Natural, Options, flag, option, parse, read_json, rule
+from common.settings import (
+    Checked,
+    Natural,
+    Options,
+    Parted,
+    flag,
+    option,
+    parse,
+    read_json,
+    rule,
+)
 from common.start import begin, choose_device, claim, line_of, mark, program, sweep, write_whole
 from inputs.encoders import TextFormat, image_encoder, text_encoder
 from inputs.rows import SCHEMA, TIMES, Chunk, Manifest, Range, row_checks
@@ -80,7 +90,7 @@ class Reading(Options):
     streaming: bool = option(False, "read without a copy on disk, in the source's order")
     batch: int = option(32, "images encoded at a time", least=1)
     workers: int = option(os.cpu_count(), "threads that decode images", least=1)
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -412,13 +422,13 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             done += encode(batch)
         return done, left_out
 
-    files, seen, bad, (part, parts) = [], 0, [], map(int, args.part.split("/"))
-    total = len(source.table) // parts if hasattr(source.table, "__len__") else None
+    files, seen, bad, part = [], 0, [], args.share
+    total = len(source.table) // part.step if hasattr(source.table, "__len__") else None
     with ThreadPoolExecutor(args.workers) as pool, tqdm(unit="row", total=total) as bar:
         for i, block in enumerate(blocks(source.table, args.chunk_rows, args.seed)):
             file = args.out / "chunks" / f"{i:05d}.json"
             files.append(file)
-            if i % parts != part:
+            if i % part.step != part.start:
                 continue
             rows, numbers = block
             joined = defaultdict(dict)
@@ -538,7 +548,7 @@ MAY_DIFFER = ("out", "part", "batch", "workers", "device", "bad_limit")  # betwe
 
 
 @dataclass(frozen=True)
-class Settings(Reading):
+class Settings(Parted, Reading):
     size: int = option(256, "buckets have about size² pixels", least=1, most=2**14, group="images")
     max_aspect: float = option(2.0, "long side over short; 1: square", least=1)
     max_upscale: float = option(1.0, "images that would be enlarged more are left out", above=0)
@@ -561,7 +571,6 @@ class Settings(Reading):
     latent_offset: float = option(0.0, "it is the VAE's mean, unscaled")
     validation: int = option(512, "rows kept from training; at most a tenth", least=0, group="rows")
     bad_limit: float = option(0.01, "share of rows that may be bad", least=0, most=1)
-    part: str = option("0/1", "i/n: make every n-th chunk, from the i-th on (from 0)")
     seed: int = option(0, "of the order", least=0)
     chunk_rows: int = option(4096, "rows of a file", least=1)
 
@@ -571,9 +580,6 @@ class Settings(Reading):
             raise ValueError(f"--label-template {self.label_template!r} may use {{}} and {{a}}")
         if "{" not in self.label_template:
             raise ValueError(f"--label-template {self.label_template!r} must hold {{}} or {{a}}")
-        part, _, parts = self.part.partition("/")
-        if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-            raise ValueError(f"--part {self.part} must be i/n with 0 ≤ i < n, such as 0/2 and 1/2")
 
     @property
     def shape(self) -> list[int]:

@@ -24,7 +24,7 @@ class Settings(Options):
     data: str = option(None, "what a trainer's --data takes", positional=True)
     data_dir: Path = option(Path("data"), "where mnist and cifar10 lie")
     rows: int = option(24, "pictures on the sheet", least=1)
-    device: str = option("auto", "auto, cpu, mps or cuda")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     out: Path = option(Path("show.png"), "the sheet")
 
 
