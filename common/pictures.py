@@ -154,7 +154,7 @@ def curves(log: list[dict], evals: list[dict], path: Path):
     """A PNG of the loss over the samples seen, the last held-out loss against t, and the scores.
 
     log: rows of samples and loss. evals: rows of samples, loss, "loss_t0/8" … "loss_t7/8", and the
-    scores in [0, 1], whose names are whatever other keys there are ("mean" is drawn thick).
+    scores, whose names are whatever other keys there are ("mean" is drawn thick).
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
@@ -179,5 +179,6 @@ def curves(log: list[dict], evals: list[dict], path: Path):
     for name in scores:
         thick = {"color": "black", "linewidth": 2.5} if name == "mean" else {}
         draw(axes[2], evals, name, "o-", markersize=3, label=name, **thick)
+    if "mean" in scores:
         axes[2].set(ylabel="share of pictures that obey", ylim=(0, 1))
     save_figure(figure, path, dpi=100)
