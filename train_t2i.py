@@ -766,10 +766,22 @@ class Run:
             self.monitor({f"Train/{key}": row[key] for key in ("loss", "grad_norm", "lr")})
         bar.update(settings.batch_size)
 
-    def monitor(self, values: dict[str, float]):
-        """To tensorboard, wandb or csv, whichever ds_config.json switches on."""
-        if self.ranks.rank == 0 and self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(k, v, self.seen) for k, v in values.items()])
+    def monitor(self, values: dict[str, float], sheet: Path | None = None):
+        """To tensorboard, wandb or csv, whichever ds_config.json switches on.
+
+        sheet: a PNG for the first two, past DeepSpeed, which passes on numbers alone.
+        """
+        monitor = self.engine.monitor
+        if self.ranks.rank != 0 or not monitor.enabled:
+            return
+        if sheet and monitor.tb_monitor:
+            picture = pictures.read_png(sheet)
+            monitor.tb_monitor.summary_writer.add_image("Eval/pictures", picture, self.seen)
+        if sheet and monitor.wandb_monitor:
+            import wandb
+
+            monitor.wandb_monitor.log({"Eval/pictures": wandb.Image(str(sheet))}, self.seen)
+        monitor.write_events([(k, v, self.seen) for k, v in values.items()])
 
     def passed(self, interval: str) -> bool:
         """Whether the last step crossed a multiple of this interval."""
@@ -808,7 +820,8 @@ class Run:
                 pictures.captioned(frames[-1], captions, out / "samples.png", COLUMNS)
                 pictures.strip(frames[-1][:first], out / "strips" / f"{self.seen:012d}.png")
                 pictures.progress(out / "strips", captions[:first], out / "progress.png")
-            self.monitor({f"Eval/{key}": value for key, value in row.items()})
+            sheet = out / "samples.png" if captions else None
+            self.monitor({f"Eval/{key}": value for key, value in row.items()}, sheet)
             shown = {"score": scores["mean"]} if "mean" in scores else scores
             said = "".join(f", {name} {value:.3f}" for name, value in shown.items())
             bar.write(f"{self.seen} samples: validation loss {loss:.4f}{said}")
