@@ -63,7 +63,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import rf
 from common import pictures
-from common.evaluate import COLUMNS, Ranks, asked, draw_asked, eval_row, validation
+from common.evaluate import COLUMNS, Judge, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
 from common.muon import use_muon
 from common.pipeline import (
@@ -218,6 +218,21 @@ class Settings(DataOptions):
     # each of two evaluations (rf_solver) in a step: at the defaults 5,000 training samples' work.
     eval_every_samples: int = option(83_200, "between evaluations", least=1, group="evaluation")
     eval_prompts: int = option(50, "scored captions of each of the six tags", least=1)
+    # Images of one's own have no exact reader. A CLIP model (openai/clip-vit-base-patch32, say)
+    # compares pictures of held-out captions with these captions and with the real pictures. The
+    # fewer pictures there are, the larger the Fréchet distance: compare it at one number only.
+    judge: str | None = option(
+        None,
+        "CLIP, name or folder: CLIP score, and Fréchet distance of its features (not Inception's,"
+        " so not the FID of papers)",
+        fixed=True,
+    )
+    judge_images: int = option(
+        256,
+        "--judge: pictures, or all held-out rows; few make the distance large",
+        least=2,
+        fixed=True,
+    )
     cfg: float = option(3.0, "guidance of the pictures", least=-100, most=100)
     cfg_below: float = option(1.0, "guidance at times t up to this alone", least=0, most=1)
     solver: str = option("rf_solver", "of the pictures", choices=rf.SOLVERS)
@@ -646,6 +661,7 @@ class Run:
         self.step, self.seen, self.saved_at, self.bad_in_row = 0, 0, None, 0
         self.stopped, self.copier, self.evals = False, None, []
         device = local_device()
+        judge = Judge(settings.judge, device) if settings.judge else None
         sides = rows.sides()
         # Build the network of the preset for the channels, text features and grid of the data. All
         # ranks have the same seed, so they start with the same weights.
@@ -698,7 +714,8 @@ class Run:
             raise ValueError(f"{settings.ds_config} is refused by DeepSpeed: {said}") from error
         # Choose the captions of the evaluations, once: so pictures of one prompt can be compared
         # over the run. Open the log, which rank 0 writes.
-        self.asked, self.peak = asked(rows, settings.eval_prompts), device_peak(device)
+        self.asked = asked(rows, settings.eval_prompts, judge, settings.judge_images)
+        self.peak = device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
 
@@ -749,10 +766,22 @@ class Run:
             self.monitor({f"Train/{key}": row[key] for key in ("loss", "grad_norm", "lr")})
         bar.update(settings.batch_size)
 
-    def monitor(self, values: dict[str, float]):
-        """To tensorboard, wandb or csv, whichever ds_config.json switches on."""
-        if self.ranks.rank == 0 and self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(k, v, self.seen) for k, v in values.items()])
+    def monitor(self, values: dict[str, float], sheet: Path | None = None):
+        """To tensorboard, wandb or csv, whichever ds_config.json switches on.
+
+        sheet: a PNG for the first two, past DeepSpeed, which passes on numbers alone.
+        """
+        monitor = self.engine.monitor
+        if self.ranks.rank != 0 or not monitor.enabled:
+            return
+        if sheet and monitor.tb_monitor:
+            picture = pictures.read_png(sheet)
+            monitor.tb_monitor.summary_writer.add_image("Eval/pictures", picture, self.seen)
+        if sheet and monitor.wandb_monitor:
+            import wandb
+
+            monitor.wandb_monitor.log({"Eval/pictures": wandb.Image(str(sheet))}, self.seen)
+        monitor.write_events([(k, v, self.seen) for k, v in values.items()])
 
     def passed(self, interval: str) -> bool:
         """Whether the last step crossed a multiple of this interval."""
@@ -791,9 +820,11 @@ class Run:
                 pictures.captioned(frames[-1], captions, out / "samples.png", COLUMNS)
                 pictures.strip(frames[-1][:first], out / "strips" / f"{self.seen:012d}.png")
                 pictures.progress(out / "strips", captions[:first], out / "progress.png")
-            self.monitor({f"Eval/{key}": value for key, value in row.items()})
-            score = f", score {scores['mean']:.3f}" if scores else ""
-            bar.write(f"{self.seen} samples: validation loss {loss:.4f}{score}")
+            sheet = out / "samples.png" if captions else None
+            self.monitor({f"Eval/{key}": value for key, value in row.items()}, sheet)
+            shown = {"score": scores["mean"]} if "mean" in scores else scores
+            said = "".join(f", {name} {value:.3f}" for name, value in shown.items())
+            bar.write(f"{self.seen} samples: validation loss {loss:.4f}{said}")
         bar.unpause()  # the evaluation does not count for the speed
         # The losses were gathered, so every rank comes to the same decision.
         target = settings.target_eval_loss

@@ -115,18 +115,23 @@ def strip(pictures: Tensor, path: Path):
     whole(Image.fromarray(grid(pictures, len(pictures), gap=0)), path, format="PNG")
 
 
+def read_png(path: Path) -> Tensor:
+    """→ (C, H, W) uint8."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(Image.open(path))
+
+
 def progress(folder: Path, captions: list[str], path: Path):
     """A PNG of every strip of the folder, a row each, under the captions of their pictures.
 
     The name of a strip is the number of samples seen: 000000083200.png.
     """
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
     rows = {}
     for file in sorted(folder.glob(12 * "[0-9]" + ".png")):
         with suppress(OSError):  # damaged: no reason to end a run
-            rows[f"{int(file.stem):,}"] = pil_to_tensor(Image.open(file))
+            rows[f"{int(file.stem):,}"] = read_png(file)
     *_, last = rows.values()  # a run that was resumed may draw other captions: their rows go
     rows = {seen: row for seen, row in rows.items() if row.shape == last.shape}
     columns, seen = len(captions), list(rows)
@@ -154,7 +159,7 @@ def curves(log: list[dict], evals: list[dict], path: Path):
     """A PNG of the loss over the samples seen, the last held-out loss against t, and the scores.
 
     log: rows of samples and loss. evals: rows of samples, loss, "loss_t0/8" … "loss_t7/8", and the
-    scores in [0, 1], whose names are whatever other keys there are ("mean" is drawn thick).
+    scores, whose names are whatever other keys there are ("mean" is drawn thick).
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
@@ -179,5 +184,6 @@ def curves(log: list[dict], evals: list[dict], path: Path):
     for name in scores:
         thick = {"color": "black", "linewidth": 2.5} if name == "mean" else {}
         draw(axes[2], evals, name, "o-", markersize=3, label=name, **thick)
+    if "mean" in scores:
         axes[2].set(ylabel="share of pictures that obey", ylim=(0, 1))
     save_figure(figure, path, dpi=100)

@@ -7,8 +7,8 @@ Two figures for 1,000 class-conditional samples, beside those of 1,000 real imag
 not seen, which are the ceiling:
     recognised  share that the CNN reads as the class that was asked for
     Fréchet     distance between the Gaussians fitted to the CNN's last features of the samples and
-                of the real test set: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)  (Heusel et al. 2017,
-                1706.08500, with our CNN for Inception: compare only within one data set)
+                of the real test set (common/evaluate.py, with our CNN for Inception: compare only
+                within one data set)
 Writes digit_score.csv and digit_score.png into the run's folder. The CNN is trained once (about a
 minute on two cores) and kept in --cache.
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rf
+from common.evaluate import frechet_distance
 from common.pictures import save_figure
 from common.pipeline import Sampling
 from common.settings import option, parse
@@ -86,21 +87,6 @@ def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int
 # ------------------------------------------------------------------------------------------------
 # The two figures
 # ------------------------------------------------------------------------------------------------
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between Gaussians fitted to two sets of features, (N, D) and (M, D); in float64.
-
-    ValueError if there is nothing to fit: LAPACK would crash the program on NaN.
-    """
-    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError(f"{len(a)} and {len(b)} features must be finite, and at least two each")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of Σ_a Σ_b, which are real and ≥ 0
-    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return float(distance)
 
 
 class Judge:

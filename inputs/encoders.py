@@ -337,15 +337,18 @@ def image_encoder(name: str, device: str | torch.device = "cpu", channels: int =
 # ------------------------------------------------------------------------------------------------
 
 
-def pretrained(model: str, device, option: str, kind: str, processor: str = "AutoProcessor"):
-    """A transformers model of a kind (an Auto class), and its processor. ValueError in one line."""
+def pretrained(model: str, device, option: str, kind: str, processor="AutoProcessor", **how):
+    """A transformers model of a kind (an Auto class), and its processor. ValueError in one line.
+
+    how: of from_pretrained, for the model.
+    """
     try:
         import transformers
     except ImportError as error:
         reason = f"{option} {model} needs transformers: pip install transformers"
         raise ValueError(reason) from error
     try:
-        loaded = getattr(transformers, kind).from_pretrained(model)
+        loaded = getattr(transformers, kind).from_pretrained(model, **how)
         prepares = getattr(transformers, processor).from_pretrained(model)
     except (OSError, ValueError) as error:  # ValueError: a model of another kind
         reason = line_of(error)

@@ -133,6 +133,33 @@ def tiny_vae(folder):
     return str(folder)
 
 
+def tiny_clip(folder):
+    """A random CLIP that reads 12 letters and sees 16 pixels, saved; its folder as a string."""
+    import transformers
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    words = [*ends, *letters, *(f"{letter}</w>" for letter in letters)]
+    layer = {"hidden_size": 16, "intermediate_size": 16}
+    layer |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layer | {"vocab_size": len(words), "max_position_embeddings": 12}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sight = layer | {"image_size": 16, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=sight, projection_dim=6)
+    tokenizer = transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [])
+    image = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config)
+    for parameter in model.parameters():  # so that features differ from picture to picture
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    for part in (model, transformers.CLIPProcessor(image, tokenizer)):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -7,13 +7,27 @@ from math import nan
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import SHAPES, exported, opened
 from test_digits import write_mnist
+from test_encoders import tiny_clip, tiny_t5, tiny_vae
 from test_pairs import make
-from test_prepare import pictures, run
+from test_prepare import picture, pictures, run
+from torchvision.transforms.functional import pil_to_tensor
 
 import rf
-from common.evaluate import Ranks, asked, draw_asked, validation
+from common import evaluate
+from common.evaluate import (
+    COLUMNS,
+    ROWS,
+    Judge,
+    Ranks,
+    asked,
+    draw_asked,
+    frechet_distance,
+    judged,
+    validation,
+)
 from common.pipeline import fixed_noise
 from inputs.encoders import to_bytes, to_unit
 from inputs.shapes import TAGS, World, draw_scene, render
@@ -26,6 +40,10 @@ def home(tmp_path_factory):
     run(source, home / "prepared")
     run(source, home / "few", "--validation", 1)
     run(source, home / "none", "--validation", 0)
+    run(pictures(home / "square", 300, [(48, 48)]), home / "many", "--validation", 30)
+    vae = ["--vae", tiny_vae(home / "vae"), "--validation", 30]
+    run(home / "square", home / "latents", *vae)
+    tiny_clip(home / "clip")
     make(exported(home / "run", SHAPES), home / "pairs", "--number", 120, "--segments", 4)
     return home
 
@@ -83,11 +101,13 @@ def test_each_held_row_is_asked_at_its_time(home, kind, segments):
 
 
 def painter(text, targets):
-    """v = (x − target)/t: each path ends in the picture (C, H, W) uint8 of the nearest text."""
+    """v = (x − target)/t: each path ends in the picture (C, H, W) uint8 of the nearest text, or in
+    the latent fp32."""
+    targets = to_unit(targets) if targets.dtype == torch.uint8 else targets
 
     def model(x, t, given):
         nearest = torch.cdist(given.flatten(1), text.flatten(1)).argmin(1)
-        return (x - to_unit(targets[nearest])) / t[:, None, None, None]
+        return (x - targets[nearest]) / t[:, None, None, None]
 
     return model
 
@@ -140,3 +160,113 @@ def test_nothing_is_drawn_where_no_row_is_held_out(home):
     settings, rows = opened(home / "none")
     frames, scores = drawn(guess, rows, asked(rows, 3), settings)
     assert frames.shape[1] == 0 and scores == {}
+
+
+# --- a judge -------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians():
+    """tr (Σ₁Σ₂)^½ from the roots of both matrices: the nuclear norm of Σ₁^½ Σ₂^½."""
+    torch.manual_seed(0)
+    both = [torch.randn(n, 4).double() @ torch.randn(4, 4).double() + n for n in (500, 499)]
+    (a, b), roots = both, []
+    for x in both:
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        roots.append(vectors * values.sqrt() @ vectors.T)
+    expected = (a.mean(0) - b.mean(0)).square().sum()
+    expected += sum(root.square().sum() for root in roots)  # tr Σ
+    expected -= 2 * torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_few_features_have_a_distance_from_themselves_and_a_single_one_has_none():
+    few = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))  # no matrix of full rank
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(few, few + 0.5) == pytest.approx(64 * 0.25, rel=1e-3)
+    for bad in (torch.ones(1, 4), torch.full((3, 4), torch.nan)):  # a crash of LAPACK once
+        with pytest.raises(ValueError, match="features must be finite, and at least two each"):
+            frechet_distance(bad, torch.randn(5, 4))
+
+
+def test_the_clip_score_is_that_of_transformers(home):
+    """Of pictures that are not square, and of captions of which one is too long."""
+    folder, images = home / "clip", [picture(i, [(24, 20)]) for i in range(8)]
+    captions = ["number 3", "a red ring", "number 4 and many other words", "", *"abcd"]
+    judge = Judge(str(folder), "cpu")
+    seen, read = judge.look(torch.stack(list(map(pil_to_tensor, images)))), judge.read(captions)
+    model = transformers.CLIPModel.from_pretrained(folder)
+    process = transformers.CLIPProcessor.from_pretrained(folder)
+    how = {"padding": True, "truncation": True, "max_length": 12, "return_tensors": "pt"}
+    with torch.no_grad():
+        logits = model(**process(text=captions, images=images, **how)).logits_per_image
+    cosines = logits.diag() / model.logit_scale.exp()
+    assert (cosines < -0.1).any() and (cosines > 0.1).any()
+    wanted = 100 * cosines.clamp(min=0).mean().item()
+    found = judged(torch.stack([seen, read, seen], dim=1))
+    assert found["clip_score"] == pytest.approx(wanted, abs=0.1)  # PIL rounds to bytes in between
+
+
+@pytest.mark.parametrize("kind", ["many", "latents"])
+def test_a_judge_compares_pictures_with_real_ones_and_captions(home, monkeypatch, kind):
+    """Drawn are the real pictures, at their captions or at others', and their negatives; in several
+    batches, on one rank and on three."""
+    monkeypatch.setattr(evaluate, "EVAL_BATCH", 8)
+    settings, rows = opened(home / kind, cfg=1.0, sample_steps=1)
+    judge = Judge(str(home / "clip"), "cpu")
+    wanted, (held,) = asked(rows, 3, judge, 30), rows.held
+    numbers = held.shown(30)
+    assert wanted.captions == held.captions(numbers) and len(wanted.captions) == 30
+    assert wanted.shown == list(range(COLUMNS * ROWS))
+    stored, text = held.source.read(held.row(numbers))
+    states, text = rows.states(stored)[:, 0], rows.features(text, "cpu")
+    real = rows.image.decode(states)
+    if kind == "many":
+        assert torch.equal(real, stored)
+    seen, read = judge.look(real), judge.read(wanted.captions)
+    near = torch.nn.functional.cosine_similarity
+
+    def figures(states, count=1):
+        how = painter(text, states), rows, wanted, settings, "cpu"
+        (frames, found), *others = on_ranks(count, lambda ranks: draw_asked(*how, ranks))
+        assert frames.shape[:2] == (1, 24) and all(other[1] == found for other in others)
+        return found
+
+    true, turned, other = figures(states), figures(states.roll(1, 0)), figures(-states)
+    for found, cosines in (
+        (true, near(seen, read)),
+        (turned, near(seen.roll(1, 0), read)),
+        (other, near(judge.look(rows.image.decode(-states)), read)),
+    ):
+        assert found["clip_score"] == pytest.approx(
+            100 * cosines.clamp(min=0).mean().item(), rel=1e-3
+        )
+    assert abs(true["clip_frechet"]) < 1e-4 and abs(turned["clip_frechet"]) < 1e-4
+    distance = frechet_distance(judge.look(rows.image.decode(-states)), seen)
+    assert distance > 0.1 and other["clip_frechet"] == pytest.approx(distance, rel=1e-3)
+    assert figures(-states, 3) == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("clip", "shapes", "--judge is for images of your own"),
+        ("clip", "none", "needs at least 2 held-out rows, not 0: prepare again with --validation"),
+        ("t5", "many", "t5 is a 't5' model, must be clip"),
+        ("pickle", "many", "pickle could not be loaded"),
+        ("nowhere", "many", "--judge .*nowhere could not be loaded"),
+    ],
+)
+def test_what_is_no_judge_is_refused(home, tmp_path, name, data, message):
+    clip = tmp_path / name
+    if name == "t5":
+        tiny_t5(clip)
+    elif name == "pickle":
+        model = transformers.CLIPModel.from_pretrained(home / "clip")
+        model.config.save_pretrained(clip)
+        torch.save(model.state_dict(), clip / "pytorch_model.bin")
+    elif name == "clip":
+        clip = home / "clip"
+    _, rows = opened(data if data == "shapes" else home / data)
+    with pytest.raises(ValueError, match=message):
+        asked(rows, 1, Judge(str(clip), "cpu"), 10)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import call, close, records, stopped_once, t2i
 from safetensors.torch import load_file
+from test_encoders import tiny_clip
 from test_prepare import pictures
 from test_prepare import run as prepare
 from test_train_t2i import pairs_with_a_nan
@@ -134,13 +135,17 @@ def test_a_killed_rank(whole, tmp_path):
     Pipeline.open(out).model.load_state_dict(load_file(tmp_path / "model.safetensors"))
 
 
-def test_two_ranks_share_a_stage(tmp_path):
-    prepare(pictures(tmp_path / "source", 30, [(48, 48)]), tmp_path / "data", "--chunk-rows", 6)
+def test_two_ranks_share_a_stage_and_the_pictures_of_a_judge(tmp_path):
+    prepare(pictures(tmp_path / "source", 50, [(48, 48)]), tmp_path / "data", "--chunk-rows", 6)
     given = [*OPTIONS, "--samples", 80, "--data", tmp_path / "data", "--window", 1]
+    given += ["--judge", tiny_clip(tmp_path / "clip")]
     run(tmp_path / "two", *given, "--stage", tmp_path / "stage")
     assert list(tmp_path.glob("stage/*/*/chunks/*.arrow"))
     call(t2i, *given, "--out", tmp_path / "one")
     alike(tmp_path / "two", tmp_path / "one")
+    one, two = (records(tmp_path / name / "eval.csv")[-1] for name in ("one", "two"))
+    for column in ("clip_score", "clip_frechet"):
+        assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-2)
 
 
 def test_signals_to_one_rank_and_other_numbers_of_ranks(whole, tmp_path, capsys):

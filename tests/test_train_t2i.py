@@ -5,8 +5,10 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partialmethod
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +26,15 @@ from helpers import (
     t2i,
 )
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_digits import write_mnist
+from test_encoders import tiny_clip
 from test_pairs import make
+from test_prepare import pictures
+from test_prepare import run as prepare
 
-from common.evaluate import Ranks, validation
+from common.evaluate import Judge, Ranks, asked, draw_asked, validation
+from common.pictures import read_png
 from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
 from inputs.rows import pairs_check
 from inputs.shapes import TAGS
@@ -221,6 +228,43 @@ def test_a_run_from_another_at_a_larger_size(done, tmp_path):
     close(large.model.state_dict(), stretched.state_dict(), atol=0, rtol=0)
 
 
+def test_a_judge_scores_own_images_and_monitors_show_them(tmp_path, monkeypatch, capsys):
+    """Wandb is a stand-in; tensorboard's file is read."""
+    clip, logged = tiny_clip(tmp_path / "clip"), []
+    stub = SimpleNamespace(init=lambda **how: None, Image=lambda path: read_png(path))
+    stub.log = lambda data, step, commit=None: logged.append((step, data))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    where = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
+    text = json.loads(Settings.ds_config.read_text()) | {"wandb": {"enabled": True}}
+    (tmp_path / "ds.json").write_text(json.dumps(text | {"tensorboard": where}))
+    data = tmp_path / "data"
+    prepare(pictures(tmp_path / "source", 60, [(48, 48)]), data)
+    how = ["--data", data, "--samples", 40, "--eval-every-samples", 20]
+    how += ["--judge", clip, "--judge-images", 5, "--ds-config", tmp_path / "ds.json"]
+    out = train(tmp_path / "run", *how)
+    first, last = records(out / "eval.csv")
+    settings, rows = opened(data, seed=1, sample_steps=1)
+    wanted = asked(rows, 1, Judge(clip, "cpu"), 5)
+    model = Pipeline.open(out).model
+    _, scores = draw_asked(model, rows, wanted, settings, "cpu", Ranks())
+    assert list(scores) == ["clip_score", "clip_frechet"] == list(last)[-2:]
+    for name, value in scores.items():
+        assert float(last[name]) == pytest.approx(value, rel=1e-4)
+        assert float(first[name]) != pytest.approx(value, rel=1e-4)
+    said = "".join(f", {name} {float(last[name]):.3f}" for name in scores)
+    assert f"40 samples: validation loss {float(last['loss']):.4f}{said}" in capsys.readouterr().out
+    board, sheet = EventAccumulator(str(tmp_path / "board")).Reload(), read_png(out / "samples.png")
+    assert [event.step for event in board.Scalars("Eval/clip_frechet")] == [20, 40]
+    shown = board.Images("Eval/pictures")
+    assert [event.step for event in shown] == [20, 40]
+    assert torch.equal(read_png(BytesIO(shown[1].encoded_image_string)), sheet)
+    sheets = [(step, x["Eval/pictures"]) for step, x in logged if "Eval/pictures" in x]
+    assert [step for step, _ in sheets] == [20, 40] and torch.equal(sheets[1][1], sheet)
+    for option in (["--judge", "other"], ["--judge-images", 4]):
+        said = refused(t2i, capsys, "--resume", "--out", out, *option)
+        assert f"{option[0]} {option[1]} differs from the run to resume" in said
+
+
 # --- pieces --------------------------------------------------------------------------------------
 
 
@@ -299,6 +343,8 @@ def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
         ("--ds-config nowhere", "--ds-config nowhere cannot be read"),
         ("--anneal 1.5", "--anneal 1.5 must be at most 1"),
         ("--stage here", "--stage is for the folders of tools.prepare: drop it"),
+        ("--judge nowhere", "--judge nowhere could not be loaded"),
+        ("--judge-images 1", "--judge-images 1 must be at least 2"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     ],
 )
