@@ -639,8 +639,10 @@ class MMDiT(nn.Module):
         parametrization: str = "mup",
         muon_lr: float = 0.0,
     ) -> list[dict]:
-        """Groups for AdamW, one for each distinct (lr, weight_decay); every parameter once.
+        """Groups for AdamW; every parameter once, with those that have its m and decay as it does.
 
+        Which parameters share a group does not depend on lr and weight_decay: a resumed run may
+        change them. "base_lr" is a group's own rate, of which a schedule makes "lr".
         "mup": lr and weight_decay hold at base_dim, and ROLES says how they follow the width.
         "standard": the same lr and decay at every width, for comparison. muon_lr: above 0, hidden
         matrices are a group for Muon (common/muon.py), which needs their shapes: "matrices" holds
@@ -652,12 +654,12 @@ class MMDiT(nn.Module):
         for name, parameter in self.named_parameters():
             role, muon = self.role(name), {}
             m = ratios[name] if parametrization == "mup" else 1.0
-            decay = weight_decay * m if ROLES[role].decays else 0.0
-            rate = lr / m
+            decays = ROLES[role].decays
+            rate, decay, key = lr / m, weight_decay * m if decays else 0.0, (m, decays)
             if muon_lr and role == "hidden":  # its own rule makes the rate hold at every width
-                rate, decay, muon = muon_lr, weight_decay, {"matrices": []}
-            how = {"lr": rate, "weight_decay": decay, **muon}
-            group = groups.setdefault((rate, decay, *muon), {"params": [], **how})
+                rate, decay, key, muon = muon_lr, weight_decay, "muon", {"matrices": []}
+            how = {"lr": rate, "base_lr": rate, "weight_decay": decay, **muon}
+            group = groups.setdefault(key, {"params": [], **how})
             group["params"].append(parameter)
             if muon:
                 parts = self.get_submodule(name.rpartition(".")[0]).parts

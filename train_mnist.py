@@ -5,6 +5,7 @@
     python train_mnist.py --data data/my           images of your own (tools/prepare.py)
     python train_mnist.py --data PAIRS --init RUN --out RUN2    reflow (tools/pairs.py)
     python train_mnist.py --resume                 continue where the last run stopped
+    python train_mnist.py --resume --steps 10000   continue, and make the run longer
     python train_mnist.py --dry-run                one step, then everything else
 
 What comes out, in --out: samples.png (a column for each class, or captions), samples.gif (from
@@ -39,7 +40,7 @@ from common.evaluate import COLUMNS, ROWS, Ranks, asked, draw_asked, eval_row, v
 from common.log import Log, LogRow, append_row, device_peak, progress_bar, show, write_rows
 from common.muon import use_muon
 from common.pipeline import Pipeline, drop_export, run_facts, settle_run
-from common.settings import Checked, Count, fitting, option, parse
+from common.settings import Checked, Count, changes, fitting, option, parse
 from common.start import (
     NOTHING,
     STOP,
@@ -91,8 +92,9 @@ RECIPES = {
 class Settings(DataOptions):
     """All options: common/settings.py makes the command line, --help and the checks from them.
 
-    fixed: a resumed run must have the same value. local: belongs to this call and is not saved.
-    DataOptions (inputs/rows.py) adds the options of the data.
+    fixed: a resumed run must have the same value. What is not fixed may change from the checkpoint
+    on (--resume --steps 10000 --lr 0.003), and log.csv says so. local: belongs to this call and is
+    not saved. DataOptions (inputs/rows.py) adds the options of the data.
     """
 
     DATA = "auto"  # the data if --data is not given
@@ -119,20 +121,20 @@ class Settings(DataOptions):
     # Training. lr holds at every width (muP): it need not change between presets that differ only
     # in width. rf.py explains time, shift and loss; segments and anneal are for pairs
     # (tools/pairs.py).
-    steps: int = option(5000, "optimizer steps", least=1, fixed=True, group="training")
+    steps: int = option(5000, "optimizer steps", least=1, group="training")
+    # fixed: the images of a step are found by its number and this one.
     batch_size: int = option(64, "images a step", least=1, most=2**20, fixed=True)
-    lr: float = option(
-        6e-3, "learning rate at the base width; holds over width", least=0, fixed=True
-    )
+    lr: float = option(6e-3, "learning rate at the base width; holds over width", least=0)
     muon_lr: float = option(
-        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0, fixed=True
+        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0
     )
-    warmup_steps: int = option(100, "in which the rate rises", least=1, fixed=True)
+    warmup_steps: int = option(100, "in which the rate rises", least=1)
     # Weight decay pulls weights towards zero at each step. In a run of minutes no image is seen
     # often enough to be learned by heart, so nothing is gained by it.
-    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0, fixed=True)
+    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0)
     # The pictures are drawn with an average of the weights. At 0.05 nine tenths of it lie in the
     # last eighth of the run. A wider one would hold weights of the time when the network knew less.
+    # fixed: it is computed from the first step on.
     ema: float = option(
         0.05,
         "width of the weights' average, a share of the run",
@@ -140,12 +142,11 @@ class Settings(DataOptions):
         most=0.28,
         fixed=True,
     )
-    shift: float = option(
-        1.0, "above 1: more training times near the noise", least=0.01, most=100, fixed=True
-    )
+    shift: float = option(1.0, "above 1: more training times near the noise", least=0.01, most=100)
     time: str = option(
-        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
+        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS
     )
+    # fixed: one curve of the log cannot hold two kinds of loss.
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(
@@ -153,7 +154,6 @@ class Settings(DataOptions):
         "pairs: first share of the run, in which fresh noise gives way",
         least=0,
         most=1,
-        fixed=True,
     )
     compile: bool | None = option(None, "compile the blocks (with CUDA and Triton)", local=True)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", local=True)
@@ -235,7 +235,7 @@ def train_step(model, adamw, rows: Rows, settings: Settings, step: int, generato
     loss.backward()
     # The norm of all gradients together, before they are scaled down to CLIP if it is larger.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    # base_lr is the group's own rate, from muP's table (build); the schedule scales all of them.
+    # base_lr is the group's own rate, from muP's table (mmdit.py); the schedule scales all of them.
     for group in adamw.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(settings, step)
     adamw.step()  # moves the weights (matrices: use_muon), and then their average (keep_averages)
@@ -323,7 +323,8 @@ def check_finite(log: Log, row: dict | None, path: Path):
 # A resumed run restores the weights, the optimizer's moments and counts of steps, the average, the
 # settings and the rows of log.csv. It need not restore random generators or a place in the data:
 # both follow from seed and step. So the rest of the run is the same to the last bit (on a CPU; GPUs
-# add up in an order that may differ from run to run).
+# add up in an order that may differ from run to run). Nor are rates and decay restored: they follow
+# from the settings, which may have changed.
 
 
 def save(path: Path, model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: int):
@@ -395,8 +396,6 @@ def build(settings: Settings, rows: Rows, state: dict, device) -> tuple[MMDiT, t
     groups = model.param_groups(settings.lr, settings.weight_decay, muon_lr=settings.muon_lr)
     fused = device.type in ("cpu", "cuda")  # all weights of a group in one kernel
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
-    for group in adamw.param_groups:
-        group["base_lr"] = group["lr"]
     use_muon(adamw)
     rf.keep_averages(adamw, [settings.ema])
     if state:
@@ -411,25 +410,32 @@ def restore(model: MMDiT, adamw, state: dict, settings: Settings):
     that ourselves: AdamW has two moments of each of its weights, Muon one, and each weight has its
     average and its count of steps.
     """
+    if state["step"] > settings.steps:
+        raise ValueError(
+            f"--steps {settings.steps} is less than the {state['step']} steps that the run in"
+            f" {settings.out} has made: give more, or choose another --out"
+        )
     average, wanted = rf.average_name(settings.ema), []
-    groups = [{*group, "updates"} for group in adamw.param_groups]
+    groups = [dict(group) for group in adamw.param_groups]  # as the settings say
     try:
         model.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
-        for group in adamw.param_groups:
+        for group, own in zip(adamw.param_groups, groups, strict=True):
+            wanted.append(set(group) == {*own, "updates"})
+            group |= own
             moments = ["momentum"] if "matrices" in group else ["exp_avg", "exp_avg_sq"]
             names = (*moments, average)
             for parameter in group["params"]:
                 shapes = {name: x.shape for name, x in adamw.state[parameter].items()}
                 known = dict.fromkeys(names, parameter.shape) | {"step": torch.Size()}
                 wanted.append(shapes == known)
-        fits = all(wanted) and [set(group) for group in adamw.param_groups] == groups
+        fits = all(wanted)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
         fits = False
-    if not fits or state["step"] > settings.steps:
+    if not fits:
         raise ValueError(
-            f"{settings.out}/checkpoint.pt is damaged: its weights, optimizer and step"
-            f" {state['step']} are not those of such a run; replace it with --overwrite"
+            f"{settings.out}/checkpoint.pt is damaged: its weights and optimizer are not those of"
+            " such a run; replace it with --overwrite"
         )
 
 
@@ -509,7 +515,8 @@ def main(argv: list[str] | None = None):
     with where as folder, owned(Path(folder), "train_mnist.py") as folder:
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
-        write_rows(log.path, log.rows)
+        log.changed = changes(saved, settings)
+        log.begin()
         # 5. Train, and write the results, also those of a run that was stopped.
         path, step = folder / "checkpoint.pt", state.get("step", 0)
         if step < settings.steps:

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 train_t2i.py        eight GPUs, without DeepSpeed's launcher
     python train_t2i.py                             one process
     deepspeed train_t2i.py --resume                 continue the run in --out, or begin it
+    deepspeed train_t2i.py --resume --samples 2000000    continue, and make the run longer
     deepspeed train_t2i.py --data data/my           images of your own (tools/prepare.py)
     deepspeed train_t2i.py --data PAIRS --init RUN --out RUN2    straighten a run (tools/pairs.py)
     deepspeed train_t2i.py --data data/my512 --init runs/my256 --out runs/my512
@@ -79,7 +80,7 @@ from common.pipeline import (
     same_checkpoint,
     settle_run,
 )
-from common.settings import option, parse, read_json
+from common.settings import changes, option, parse, read_json
 from common.start import (
     NOTHING,
     SAVE,
@@ -139,8 +140,10 @@ def recipe_of(preset: str | None) -> dict:
 class Settings(DataOptions):
     """All options: common/settings.py makes the command line, --help and the checks from them.
 
-    fixed: a resumed run must have the same value. local: belongs to this call and is not saved.
-    DataOptions (inputs/rows.py) adds the options of the data; RECIPES give defaults to some.
+    fixed: a resumed run must have the same value. What is not fixed may change from the checkpoint
+    on (--resume --samples 2000000 --lr 0.002), and log.csv says so. local: belongs to this call and
+    is not saved. DataOptions (inputs/rows.py) adds the options of the data; RECIPES give defaults
+    to some.
     """
 
     DATA = "shapes"  # the data if --data is not given
@@ -168,37 +171,32 @@ class Settings(DataOptions):
     compile: str = option(
         "auto", "the blocks: on, off, auto (with GPUs)", choices=("auto", "on", "off"), local=True
     )
-    precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"), fixed=True)
+    precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"))
 
-    # Training. batch_size changes the result and is fixed; micro_batch changes only memory and
-    # speed. lr holds at every width (muP): it was searched with tiny. shift 2 was best on shapes:
-    # near the noise the network decides what stands where, and the pictures have few details.
-    samples: int = option(832_000, "to train on in all", least=1, fixed=True, group="training")
-    batch_size: int = option(
-        64, "samples a step, of all ranks together", least=1, most=2**20, fixed=True
-    )
+    # Training. batch_size changes the result, micro_batch only memory and speed. lr holds at every
+    # width (muP): it was searched with tiny. shift 2 was best on shapes: near the noise the network
+    # decides what stands where, and the pictures have few details.
+    samples: int = option(832_000, "to train on in all", least=1, group="training")
+    batch_size: int = option(64, "samples a step, of all ranks together", least=1, most=2**20)
     # A larger pass uses a GPU better until its memory is full; the steps stay the same.
     micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
     most_at_once: int = option(64, "limit of an automatic micro-batch", least=1)
     # AdamW and Muon share the weights: Muon takes the matrices in the blocks (common/muon.py). The
     # rates mean different things: AdamW's is how far an entry moves in a step, Muon's how far an
     # output of a matrix moves. One schedule scales both.
-    lr: float = option(
-        4e-3, "learning rate at the base width; holds over width", least=0, fixed=True
-    )
+    lr: float = option(4e-3, "learning rate at the base width; holds over width", least=0)
     muon_lr: float = option(
-        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0, fixed=True
+        0.04, "Muon's rate for the matrices in blocks; 0: AdamW moves them", least=0
     )
-    warmup_samples: int = option(6_400, "until the full rate", least=0, fixed=True)
-    cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0, fixed=True)
+    warmup_samples: int = option(6_400, "until the full rate", least=0)
+    cooldown_samples: int = option(832_000, "at the end, a line to 0", least=0)
     # Decay helps where images are seen in many epochs. Shapes never come twice.
-    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0, fixed=True)
-    shift: float = option(
-        2.0, "above 1: more training times near the noise", least=0.01, most=100, fixed=True
-    )
+    weight_decay: float = option(0.0, "AdamW's and Muon's, at the base width", least=0)
+    shift: float = option(2.0, "above 1: more training times near the noise", least=0.01, most=100)
     time: str = option(
-        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS, fixed=True
+        "logit_normal", ", ".join(rf.TIME_DISTRIBUTIONS), choices=rf.TIME_DISTRIBUTIONS
     )
+    # fixed: one curve of the log cannot hold two kinds of loss.
     loss: str = option("mse", "mse or pseudo_huber", choices=rf.LOSSES, fixed=True)
     segments: int = option(1, "pairs: straight pieces of a path", least=1, fixed=True)
     anneal: float = option(
@@ -206,7 +204,6 @@ class Settings(DataOptions):
         "pairs: first share of the run, in which fresh noise gives way",
         least=0,
         most=1,
-        fixed=True,
     )
     # A step whose gradient is not finite is skipped on all ranks: one bad batch must not end a run
     # of weeks. But weights that have diverged give such gradients for ever.
@@ -262,17 +259,15 @@ class Settings(DataOptions):
             raise ValueError("--resume and --overwrite exclude each other")
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """Share of the base rate at a step (from 0): warm-up, constant, a line down to 0.
+def learning_rate(settings: Settings, seen: int) -> float:
+    """Share of the base rate after `seen` samples: warm-up, constant, a line down to 0.
 
     A high rate learns fast, and the line down reduces the noise of the weights at the end. Presets
     from 0.2b on keep the full rate for most of the run, small for half of it; the line of tiny
-    spans its whole run.
+    spans its whole run. The samples of a skipped step count, too.
     """
-    steps = -(-settings.samples // settings.batch_size)
-    warmup = max(1, settings.warmup_samples / settings.batch_size)
-    cooldown = max(1, settings.cooldown_samples / settings.batch_size)
-    return min(1, (step + 1) / warmup, (steps - step) / cooldown)
+    rise = (seen + settings.batch_size) / max(1, settings.warmup_samples)  # not 0 in the first step
+    return min(1, rise, (settings.samples - seen) / max(1, settings.cooldown_samples))
 
 
 def annealing(settings: Settings, seen: int) -> float:
@@ -285,10 +280,12 @@ def annealing(settings: Settings, seen: int) -> float:
 # 2 The sequence of samples, divided among ranks
 # ------------------------------------------------------------------------------------------------
 # A run reads one endless sequence of samples, numbered by position. What stands at a position
-# (image, caption, whether the caption is dropped, noise, time) depends on the seed, the batch size
-# B and the position alone. Step k takes the positions k·B … k·B + B − 1, however many ranks share
-# them. So, up to rounding, the result does not depend on the number of ranks, and a resumed run
-# needs to know one number: how many samples it has seen.
+# (image, caption, whether the caption is dropped, noise, time) depends on the seed and the position
+# alone. A step takes the next B positions, however many ranks share them; B is the batch size. So,
+# up to rounding, the result does not depend on the number of ranks, and a resumed run needs to know
+# one number: how many samples it has seen. It may go on with another B. But rows of several sizes
+# or folders take turns by whole steps: then what stands at a position depends on B, too, and a
+# resumed run must keep it.
 
 
 class Samples(Dataset):
@@ -593,6 +590,9 @@ def train_step(run: "Run", batches: Iterator[Batch]):
     parts for a profiler (experiments/throughput.py step).
     """
     settings, engine, rows = run.settings, run.engine, run.rows
+    # Not by DeepSpeed's WarmupLR: it would give all groups one rate, and muP would be lost.
+    for group in run.adamw.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate(settings, run.seen)
     for _ in range(engine.gradient_accumulation_steps()):
         with record_function("part batch"):
             batch = next(batches)
@@ -690,20 +690,12 @@ class Run:
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
         use_muon(self.adamw)  # both before DeepSpeed takes the optimizer over
         rf.keep_averages(self.adamw, EMA_WIDTHS)
-        # torch's LambdaLR scales the rate of each group. DeepSpeed's WarmupLR, given
-        # one number, would give all groups the same rate, and muP would be lost.
-        rate = partial(learning_rate, settings)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, rate)
         # DeepSpeed takes model and optimizer over: it casts the weights to the precision, makes
         # fp32 shards of them, and puts those into the optimizer's groups.
         config = read_ds_config(settings, ranks.count)
         try:
             self.engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=self.adamw,
-                lr_scheduler=self.schedule,
-                config=config,
-                dist_init_required=False,
+                model=model, optimizer=self.adamw, config=config, dist_init_required=False
             )
         except Exception as error:  # a dozen kinds, for what it was told or what is not installed
             said = line_of(error)
@@ -737,15 +729,13 @@ class Run:
         weeks. Many in a row mean that the weights have diverged, and further training is useless.
         """
         settings = self.settings
+        lr = settings.lr * learning_rate(settings, self.seen)  # of the step just made
         self.step += 1
         self.seen += settings.batch_size  # of all ranks together
         skipped = self.engine.optimizer.overflow
         self.bad_in_row = self.bad_in_row + 1 if skipped else 0
         if self.copier is not None:
             self.copier.passed(self.seen)
-        # The rate of the step that has just been made: engine.step() has moved the schedule on by
-        # one, unless the step was skipped.
-        lr = settings.lr * learning_rate(settings, self.schedule.last_epoch - (not skipped))
         loss, norm = self.log.losses[-1], self.engine.get_global_grad_norm()
         skips = self.engine.skipped_steps
         row = self.log.end_step(self.step, self.seen, norm, lr=lr, skipped=skips)
@@ -865,12 +855,13 @@ class Run:
         self.requests.saved()
 
     def load(self, path: Path, record: dict):
-        """Put back weights, shards, schedule, counts and log from a checkpoint."""
+        """Put back weights, shards, counts and log from a checkpoint."""
         for file in sorted(path.glob("*.pt"))[self.ranks.rank :: self.ranks.count]:
             intact(file)
         load_checkpoint(self.engine, self.adamw, path, record["mark"], self.ranks)
         self.step, self.seen, self.saved_at = record["step"], record["samples"], record["samples"]
         self.evals, self.log.rows = record["evals"], record["log"]
+        self.log.changed = changes(record["settings"], self.settings)
 
     def open(self):
         """Bring the run's files to the state of the checkpoint, or of the start: later rows go.
@@ -885,7 +876,7 @@ class Run:
             if self.seen < settings.samples:
                 drop_export(out)
             write_rows(out / "eval.csv", self.evals)
-            write_rows(out / "log.csv", self.log.rows)
+            self.log.begin()
 
 
 def gather_losses(losses: torch.Tensor) -> torch.Tensor:
@@ -906,10 +897,11 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 # A checkpoint of N ranks resumes on M: each takes its part of all shards (load_checkpoint).
 #
 # A resume restores the fp32 weights, the optimizer's moments and counts of steps, the averages, the
-# schedule, the number of samples seen, log and evaluations. Random generators, the order of the
-# data and the loader's place need not be restored: they follow from seed and position. On the same
-# number of ranks the rest of the run is bit-identical (tested on CPUs). On another number the order
-# of sums, and so the rounding, differs.
+# number of samples seen, log and evaluations. Random generators, the order of the data and the
+# loader's place need not be restored: they follow from seed and position. On the same number of
+# ranks the rest of the run is bit-identical (tested on CPUs). On another number the order of sums,
+# and so the rounding, differs. Nor are rates and decay restored: they follow from the settings,
+# which may have changed, and the samples seen.
 
 PARTIAL = "partial"  # a folder beside the checkpoints; safe to delete
 
@@ -974,7 +966,7 @@ def whole_record(path: Path) -> dict:
 
 
 def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
-    """Weights, moments, averages and schedule from a checkpoint of any number of ranks.
+    """Weights, moments and averages from a checkpoint of any number of ranks.
 
     The shards of a group, laid end to end in the order of the ranks that wrote them, are the
     group's row. This rank copies the part that is its shard now. The files are mapped into memory,
@@ -997,10 +989,8 @@ def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
                 name: (x.clone() if x.ndim == 0 else mine([s[name] for s in states])).to(shard)
                 for name, x in states[0].items()
             }
-            # rates, and "updates", the averages' count
             written = saved[0]["base_optimizer_state"]["param_groups"][i]
-            group |= {key: value for key, value in written.items() if key != "params"}
-            group["updates"]  # without it the averages would start again
+            group["updates"] = written["updates"]  # without it the averages would start again
     except Exception as error:  # of torch, for a file that is cut or has changed
         raise ValueError(
             f"{path} is damaged ({line_of(error)}): move it away, and --resume takes the one before"
@@ -1051,6 +1041,12 @@ def launch(typed: dict):
     settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
     if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
+    # The last step may go beyond --samples: what is not changed is never too little.
+    if record and settings.samples < min(record["samples"], saved["samples"]):
+        raise ValueError(
+            f"--samples {settings.samples} is less than the {record['samples']} that the run in"
+            f" {out} has seen: give more, or choose another --out"
+        )
     if stage is not None and not any(source.ranges for source in rows.sources):
         raise ValueError("--stage is for the folders of tools.prepare: drop it")
     with ExitStack() as around:
@@ -1060,7 +1056,8 @@ def launch(typed: dict):
             if int(os.environ["LOCAL_RANK"]) == 0:  # one on each node
                 # A copier empties the folder first: not while another run reads from it.
                 around.enter_context(owned(stage, "train_t2i.py --stage", "--stage"))
-                copier = Copier(rows, settings.stage_limit * 1e9)
+                seen = record["samples"] if record else 0
+                copier = Copier(rows, settings.stage_limit * 1e9, seen)
                 around.callback(copier.close)
             dist.barrier(group=ranks.group)
         # 4. Network, optimizer, DeepSpeed; the checkpoint; the loop.

@@ -1,6 +1,7 @@
 """LOG: what a run says while it goes; it reads the device once an interval.
 
-log.csv    a row every few steps: mean loss and gradient norm, learning rate, skipped steps
+log.csv    a row every few steps: mean loss and gradient norm, learning rate, skipped steps, and in
+           the first row after a resume the options that were changed
 eval.csv   a row an evaluation: the held-out loss, at eight times and their mean, and scores
 the bar    loss, gradient norm, images/s, TFLOP/s, MFU, time left
 """
@@ -58,6 +59,13 @@ class Log:
         self.path, self.every, self.gather = path, every, gather
         self.rows: list[dict] = []
         self.losses, self.norms, self.bad_step = [], [], None
+        self.changed = ""
+
+    def begin(self):
+        """The file of a run that starts, or goes on with the rows and `changed` of a resume."""
+        write_rows(self.path, self.rows)
+        if self.path and self.changed:
+            print(f"changed from here on: {self.changed}")
 
     def add(self, loss: Tensor):
         """The loss of one micro-batch of the step under way."""
@@ -89,6 +97,7 @@ class Log:
         where, values = self.now
         self.bad_step = where["step"] - steps + 1 + int(bad.nonzero()[0]) if bad.any() else None
         row = where | {"loss": finite_mean(losses), "grad_norm": finite_mean(norms)} | values
+        row["changed"], self.changed = self.changed, ""
         self.rows.append(row)
         append_row(self.path, row)
         return row

@@ -23,7 +23,17 @@ from tqdm import tqdm
 import rf
 from common.auraflow import load_auraflow, pipeline_folder
 from common.log import LogRow
-from common.settings import Checked, Count, Natural, Options, option, read_json, rule, settle
+from common.settings import (
+    Checked,
+    Count,
+    Natural,
+    Options,
+    flag,
+    option,
+    read_json,
+    rule,
+    settle,
+)
 from common.start import begin, choose_device, intact
 from inputs.digits import SOURCES
 from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
@@ -329,7 +339,21 @@ def settle_run(
         facts=rows.facts,
         defaults=[*defaults, recipe_of(preset)],
     )
-    return settings, rows.begin(settings, device)
+    rows = rows.begin(settings, device)
+    # What some runs alone may not change when they are resumed.
+    reasons = {}
+    if 0 in (settings.muon_lr, saved.get("muon_lr")):
+        reasons["muon_lr"] = "Muon and AdamW keep different moments"
+    if len(rows.streams) > 1:
+        reasons["batch_size"] = "the sizes or folders of --data take turns by whole steps"
+    for name, reason in reasons.items():
+        now = getattr(settings, name)
+        if saved.get(name, now) != now:
+            raise ValueError(
+                f"{flag(name)} {now} differs from the run to resume, which has {saved[name]}, and"
+                f" {reason}: drop it, or start another run with --out"
+            )
+    return settings, rows
 
 
 # ------------------------------------------------------------------------------------------------

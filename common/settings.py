@@ -1,18 +1,19 @@
 """SETTINGS: one dataclass a program, one line an option. Nothing else knows the options.
 
     class Settings(Options):
-        lr: float = option(6e-3, "learning rate at the base width", above=0, fixed=True)
+        size: int = option(20, "pixels a side", least=1, fixed=True)
 
-From that line come --lr and its help, its default, its check, what a run saves of it, and whether a
-resumed run must agree. parse() returns only what was typed; settle() fills in the rest:
+From that line come --size and its help, its default, its check, what a run saves of it, and whether
+a resumed run may change it. parse() returns only what was typed; settle() fills in the rest:
 
     typed        what the command line says
     saved        what the run to resume was started with
     facts        what the rows have settled, say the size of their pictures: nothing contradicts it
     defaults     the preset's recipe, the run to start from, the rows' own habits; then the field's
 
-The first of these that knows a value gives it. A typed value that contradicts a fact or a saved
-value is an error and is never passed over.
+The first of these that knows a value gives it. A typed value that contradicts a fact, or the saved
+value of a fixed option, is an error and is never passed over. All other options may change when a
+run is resumed; changes() says which did.
 
 The JSON files that our programs write are declared in the same way (Checked, rule) and read in one
 place (read_json). So a wrong value ends in one line wherever it stands, before any work is done.
@@ -157,9 +158,10 @@ def option(
     """A field of Options. None as the default: derived later, or absent. Where the type does not
     allow None, the option must be given.
 
-    text: its line in --help. allowed: see rule. fixed: a resumed run must have the same. local: of
-    this call, not of the run: it is not saved. group: a heading in --help, for this option and
-    those after it. positional: given without its name.
+    text: its line in --help. allowed: see rule. fixed: a resumed run must have the same, because it
+    decides what the network or a sample is. local: of this call, not of the run: it is not saved.
+    group: a heading in --help, for this option and those after it. positional: given without its
+    name.
     """
     if not text:
         raise ValueError("an option needs its line of help")
@@ -289,3 +291,9 @@ def settle(
                 values[name] = source[name]
                 break
     return cls(**values)
+
+
+def changes(saved: dict, settings: Options) -> str:
+    """What a resumed run does otherwise, "--lr 0.004 -> 0.002; …". saved: {} in a new run."""
+    now = settings.saved().items()
+    return "; ".join(f"{flag(k)} {saved[k]} -> {v}" for k, v in now if saved.get(k, v) != v)

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import rf
 import train_mnist
-from common.log import Log, write_rows
+from common.log import Log
 from common.pipeline import Pipeline, settle_run
-from common.settings import Options, option, parse
+from common.settings import Options, changes, option, parse
 from common.start import begin, choose_device, claim, owned, program
 from inputs.rows import Rows
 
@@ -105,7 +105,8 @@ class Settings(Options):
 
 @program(NAME)
 def main(argv: list[str] | None = None):
-    args = Settings(**parse(Settings, argv, __doc__))
+    given = parse(Settings, argv, __doc__)
+    args = Settings(**given)
     device = choose_device(args.device)
     begin(device)
     teacher = Pipeline.open(args.run, device)
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--out {out} holds a student: go on with --resume, or choose another")
     if checkpoint.exists():
         state = train_mnist.load(checkpoint, device)
-    typed = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "muon_lr", "seed")}
+    keys = ("steps", "batch_size", "lr", "muon_lr", "seed")  # a resume changes what was typed
+    typed = {key: getattr(args, key) for key in keys if key in given or not state}
     typed |= {key: facts[key] for key in ("shapes", "colors", "places", "shift")}
     typed |= {"data": facts["source"].split(), "data_dir": args.data_dir, "out": out}
     typed |= {"cfg": 1.0, "cfg_below": 1.0, "sample_steps": args.pieces, "solver": "euler"}
@@ -135,8 +137,8 @@ def main(argv: list[str] | None = None):
     step = partial(distill_step, teacher, args.pieces)
     with owned(out, NAME):
         log = Log(out / "log.csv", train_mnist.LOG_EVERY)
-        log.rows = list(state.get("log", []))
-        write_rows(log.path, log.rows)
+        log.rows, log.changed = list(state.get("log", [])), changes(saved, settings)
+        log.begin()
         at = train_mnist.train(
             model, adamw, rows, settings, log, state.get("step", 0), checkpoint, step
         )

@@ -119,8 +119,6 @@ def train(config: MMDiTConfig, data: Data, parametrization: str = "mup", **how) 
     )
     adamw = torch.optim.AdamW(groups, betas=train_mnist.BETAS, eps=train_mnist.EPS)
     use_muon(adamw)
-    for group in adamw.param_groups:
-        group["base_lr"] = group["lr"]
     generator = torch.Generator(device)
     for step in range(settings.steps):
         train_mnist.train_step(model, adamw, rows, settings, step, generator)

@@ -54,11 +54,18 @@ def make_pairs(args: "Settings", run: Path, out: Path, steps: int):
     call(pairs.main, run, "--out", out, "--steps", steps, *options)
 
 
-def train(args: "Settings", out: Path, steps: int, *options, init=()):
+def train(args: "Settings", out: Path, steps: int, time: str, *options, init=()):
     """An ordinary run of train_mnist.py: new, from the run --init, or continued."""
     checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():  # the trainer would change them, but later stages come from this one
+        made = train_mnist.load(checkpoint, "cpu")["settings"]
+        if (made["steps"], made["time"]) != (steps, time):
+            raise ValueError(
+                f"{out} has --steps {made['steps']} --time {made['time']}, not {steps} and {time}:"
+                " begin anew with --overwrite"
+            )
     begun = ["--resume"] if checkpoint.exists() else ["--overwrite", *init]
-    where = ("--out", out, "--steps", steps, "--device", args.device)
+    where = ("--out", out, "--steps", steps, "--time", time, "--device", args.device)
     call(train_mnist.main, *where, *begun, *options)
     if train_mnist.load(checkpoint, "cpu")["step"] < steps:
         raise KeyboardInterrupt  # it has saved and ended its pictures; what follows needs it whole
@@ -69,10 +76,10 @@ def build_stages(args: "Settings", folder: Path) -> dict[str, Path]:
     stages = {"first": args.run, "second": folder / "second", "distilled": folder / "distilled"}
     how = ("--loss", args.loss, "--seed", args.seed)
     make_pairs(args, args.run, folder / "pairs", steps=12)
-    second = ("--data", folder / "pairs", "--time", args.time, "--sample-steps", 4, *how)
+    second = (args.time, "--data", folder / "pairs", "--sample-steps", 4, *how)
     train(args, stages["second"], args.steps, *second, init=("--init", args.run))
     make_pairs(args, stages["second"], folder / "pairs2", steps=8)
-    one = ("--data", folder / "pairs2", "--time", "start", *how)
+    one = ("start", "--data", folder / "pairs2", *how)
     train(args, stages["distilled"], args.steps, *one, init=("--init", stages["second"]))
     if args.student:
         stages["student"] = folder / "student"
@@ -185,7 +192,7 @@ def ablate(args: "Settings", folder: Path, judge: Judge) -> pd.DataFrame:
     rows = []
     for where, loss, seed in product(("uniform", "u_shaped"), rf.LOSSES, args.ablate):
         out = folder / "ablate" / f"{where} {loss} {seed}"
-        how = ("--time", where, "--loss", loss, "--seed", seed, "--sample-steps", 4)
+        how = (where, "--loss", loss, "--seed", seed, "--sample-steps", 4)
         how += ("--data", folder / "pairs")
         train(args, out, args.ablate_steps, *how, init=("--init", args.run))
         pipeline = Pipeline.open(out, judge.device)

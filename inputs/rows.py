@@ -71,6 +71,7 @@ class DataOptions(Options):
         "shapes, mnist, glyphs, cifar10, or folders of tools.prepare and tools.pairs",
         group="data",
     )
+    # fixed: it decides what stands at a position, or what the network is.
     data_weights: list[float] = option(
         [], "shares of several --data", above=0, most=1e6, fixed=True
     )
@@ -818,7 +819,7 @@ class Rows:
     its source's weight. One lap has about LAP steps; batch j of a stream that has n in a lap stands
     at (j + ½) / n of it, and the steps are the batches of all streams in that order. Every lap is
     the same plan with the next batches. So every stream keeps its share at any moment, and each row
-    comes once in its stream's epoch.
+    comes once in its stream's epoch. If there is one stream, the batch size does not matter.
     """
 
     LAP = 2**16  # shares are met to 1/65536
@@ -983,14 +984,15 @@ class Rows:
         """The chunks in the order in which a run at `seen` samples will need them, endless."""
 
         def of_stream(s: int, j: int) -> Iterator[Use]:
-            stream, B = self.streams[s], self.batch_size
-            for first, last, chunks in stream.order.uses(j * B):
-                begin = self.step_of(s, first // B) * B
-                end = (self.step_of(s, (last - 1) // B) + 1) * B
+            stream = self.streams[s]
+            for first, last, chunks in stream.order.uses(j * B + rest):
+                begin = self.step_of(s, (first - rest) // B) * B + rest
+                end = (self.step_of(s, (last - 1 - rest) // B) + 1) * B + rest
                 for chunk in sorted(chunks):
                     yield Use(stream.source, chunk, begin, end)
 
-        step = seen // self.batch_size
+        B = self.batch_size
+        step, rest = divmod(seen, B)  # rest: not 0 if a resume has changed --batch-size
         each = (of_stream(s, self.batches_before(s, step)) for s in range(len(self.streams)))
         return merge(*each, key=lambda use: use.first)
 
@@ -1029,9 +1031,9 @@ class Copier(threading.Thread):
     Raises ValueError if the limit is less than what is in use at one time.
     """
 
-    def __init__(self, rows: Rows, limit: float):
+    def __init__(self, rows: Rows, limit: float, seen: int = 0):
         super().__init__(daemon=True)
-        self.rows, self.limit, self.seen, self.closed = rows, limit, 0, False
+        self.rows, self.limit, self.seen, self.closed = rows, limit, seen, False
         self.staged: dict[Path, tuple[int, float]] = {}  # file → bytes, end of its use
         self.stage = rows.sources[0].stage
         held = {(s, r.chunk) for s in rows.sources for r in s.ranges if r.split != "train"}
@@ -1049,10 +1051,11 @@ class Copier(threading.Thread):
             self._stage(use)
 
     def least(self) -> int:
-        """The most bytes that are in use at one time in the first epochs."""
+        """The most bytes that are in use at one time in the next epochs."""
         active: dict[Path, tuple[int, float]] = {}
         peak = 0
-        ahead = takewhile(lambda use: use.first < LOOK_AHEAD * self.rows.epoch, self.rows.uses(0))
+        end = self.seen + LOOK_AHEAD * self.rows.epoch
+        ahead = takewhile(lambda use: use.first < end, self.rows.uses(self.seen))
         for use in (*self.kept, *islice(ahead, MOST_USES)):
             active = {file: of for file, of in active.items() if of[1] > use.first}
             file, size = use.file

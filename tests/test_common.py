@@ -13,7 +13,7 @@ import torch
 from helpers import records
 
 from common import cpu, log, start
-from common.settings import Options, Parted, option, parse, settle
+from common.settings import Options, Parted, changes, option, parse, settle
 from common.start import NOTHING, SAVE, STOP, Signals
 from mmdit import Linear
 
@@ -99,6 +99,9 @@ def test_a_run_keeps_its_settings_without_those_of_the_call():
         "save_to": "a",
     }
     assert Settings(half=True, save_to=Path("a")).saved() == kept | {"prompt": []}
+    saved = Settings(steps=8, half=True, save_to=Path("a")).saved()
+    assert changes(saved, Settings()) == "--steps 8 -> 7; --save-to a -> runs"
+    assert changes(saved, Settings(steps=8, save_to=Path("a"))) == changes({}, Settings()) == ""
 
 
 def test_parts_are_the_whole_each_piece_once():
@@ -211,10 +214,13 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 # --- log -----------------------------------------------------------------------------------------
 
 
-def test_rows_are_means_over_steps_passes_and_ranks(tmp_path):
+def test_rows_are_means_over_steps_passes_and_ranks(tmp_path, capsys):
     """Two passes a step, two ranks; what is not finite is left out, and the first one named."""
     path, bad = tmp_path / "log.csv", []
     run = log.Log(path, 3, lambda losses: torch.stack([losses, losses + 2]))
+    run.changed = changed = "--lr 2 -> 1"
+    run.begin()
+    assert capsys.readouterr().out == f"changed from here on: {changed}\n"
     for step in range(1, 8):
         for loss in (step, math.nan if step == 5 else step + 1):
             run.add(torch.tensor(float(loss)))
@@ -223,9 +229,9 @@ def test_rows_are_means_over_steps_passes_and_ranks(tmp_path):
         bad.append(run.bad_step)
     assert bad == [*5 * [None], 5, 5] and run.flush() and run.bad_step is run.flush() is None
     assert run.rows == [
-        {"step": 3, "samples": 24, "loss": 3.5, "grad_norm": 20, "lr": 1 / 3},
-        {"step": 6, "samples": 48, "loss": 6.5, "grad_norm": 50, "lr": 1 / 6},
-        {"step": 7, "samples": 56, "loss": 8.5, "grad_norm": 70, "lr": 1 / 7},
+        {"step": 3, "samples": 24, "loss": 3.5, "grad_norm": 20, "lr": 1 / 3, "changed": changed},
+        {"step": 6, "samples": 48, "loss": 6.5, "grad_norm": 50, "lr": 1 / 6, "changed": ""},
+        {"step": 7, "samples": 56, "loss": 8.5, "grad_norm": 70, "lr": 1 / 7, "changed": ""},
     ]
     assert records(path) == [{name: str(x) for name, x in row.items()} for row in run.rows]
 

@@ -111,6 +111,16 @@ def test_a_student_that_was_stopped_goes_on_bit_for_bit(teacher, student, tmp_pa
         assert torch.equal(weight, stopped.state_dict()[name]), name
 
 
+def test_a_student_goes_on_with_its_own_options_and_those_that_are_typed(teacher, tmp_path):
+    how = [teacher, "--device", "cpu", "--pieces", 2, "--out", tmp_path / "student"]
+    call(distill.main, *how, "--batch-size", 4, "--steps", 4, "--lr", 0.001)
+    call(distill.main, *how, "--resume", "--steps", 6)
+    state = train_mnist.load(tmp_path / "student" / "checkpoint.pt", "cpu")
+    kept = {key: state["settings"][key] for key in ("steps", "batch_size", "lr", "muon_lr")}
+    assert kept == {"steps": 6, "batch_size": 4, "lr": 0.001, "muon_lr": 0.02}
+    assert [row["changed"] for row in state["log"]] == ["", "--steps 4 -> 6"]
+
+
 def test_what_cannot_be_distilled(teacher, student, tmp_path, capsys):
     line = refused(distill.main, capsys, teacher, *HOW, "--pieces", 3)
     assert "--pieces 3 must divide the 4 steps" in line

@@ -202,6 +202,21 @@ def test_mup_follows_its_table_and_the_output_starts_at_zero(config):
             assert not p.any(), name
 
 
+@pytest.mark.parametrize("muon", [0, 1])
+def test_groups_hold_the_same_whatever_the_rates_are(muon):
+    """At 0 as well: a resumed run puts its moments into the same groups."""
+    model = MMDiT(replace(SMALL, dim=192, base_dim=48))
+    cases = [(1e-2, 0.1, 0.3), (0.0, 0.1, 0.3), (1e-2, 0.0, 1e-2), (0.0, 0.0, 0.1)]
+    found = [
+        [
+            [*map(id, group["params"])]
+            for group in model.param_groups(lr, decay, muon_lr=muon * rate)
+        ]
+        for lr, decay, rate in cases
+    ]
+    assert len(found[0]) > 2 and all(groups == found[0] for groups in found)
+
+
 def test_the_standard_parametrization_and_matrices_without_a_role():
     model = MMDiT(SMALL)
     groups = model.param_groups(1e-2, 0.1, "standard")

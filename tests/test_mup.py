@@ -58,13 +58,13 @@ def test_explain_counts_every_parameter_once_and_scales_it(preset):
 
 
 @pytest.mark.parametrize(
-    "main, options, lr",
+    "main, options",
     [
-        (train_mnist.main, "--data glyphs --steps 1", "base_lr"),
-        (t2i, "--samples 64 --eval-prompts 1", "initial_lr"),
+        (train_mnist.main, "--data glyphs --steps 1"),
+        (t2i, "--samples 64 --eval-prompts 1"),
     ],
 )
-def test_both_trainers_follow_the_table(tmp_path, main, options, lr):
+def test_both_trainers_follow_the_table(tmp_path, main, options):
     """The groups of AdamW as a run of one step saved them."""
     options += " --lr 0.01 --muon-lr 0.02 --weight-decay 0.1 --batch-size 64 --sample-steps 1 --out"
     call(main, *options.split(), tmp_path)
@@ -72,6 +72,6 @@ def test_both_trainers_follow_the_table(tmp_path, main, options, lr):
     state = load_shard(file)
     adamw = state.get("adamw") or state["optimizer_state_dict"]["base_optimizer_state"]
     expected = load_model(tmp_path).param_groups(0.01, 0.1, muon_lr=0.02)
-    found = [(group[lr], group["weight_decay"]) for group in adamw["param_groups"]]
+    found = [(group["base_lr"], group["weight_decay"]) for group in adamw["param_groups"]]
     assert found == [(group["lr"], group["weight_decay"]) for group in expected]
     assert len(found) > 2

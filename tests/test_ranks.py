@@ -1,6 +1,7 @@
 """train_t2i.py over several processes: the same run on any number of ranks, and after any kill."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,18 @@ def test_one_rank_and_two_are_the_same_run(whole, tmp_path):
     alike(tmp_path, whole)
     first, *_, last = losses(tmp_path / "log.csv").values()
     assert last < 0.8 * first
+
+
+def test_a_run_grows_alike_on_one_rank_and_on_two(whole, tmp_path):
+    """From the shards of two, with another batch size, rate, decay and length."""
+    grown = ["--resume", "--threads", 1, "--samples", 480, "--batch-size", 16]
+    grown += ["--lr", 0.002, "--weight-decay", 0.1]
+    one, two = (shutil.copytree(whole, tmp_path / name) for name in ("one", "two"))
+    call(t2i, *grown, "--out", one)
+    assert "changed from here on: --samples 320 -> 480; --batch-size 8 -> 16" in run(two, *grown)
+    alike(one, two)
+    *_, row = records(two / "log.csv")
+    assert (row["step"], row["samples"], row["lr"]) == ("50", "480", str(0.002 * 16 / 80))
 
 
 def test_a_killed_rank(whole, tmp_path):

@@ -86,9 +86,8 @@ def test_a_stage_that_was_stopped_goes_on(run, monkeypatch, capsys):
     assert older.read_bytes() == weights[0]
     with pytest.raises(SystemExit):
         reflowed(run, "--time", "uniform")
-    assert "--time uniform differs from the run to resume, which has u_shaped" in (
-        capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "second has --steps 3 --time u_shaped, not 3 and uniform: begin anew with" in said
 
 
 def test_a_folder_of_others_is_left_alone(run, tmp_path, capsys):

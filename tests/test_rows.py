@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -409,7 +409,7 @@ def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies,
         fsspec.filesystem("memory").put(str(home / "staged"), str(tmp_path), recursive=True)
     rows, *readers = (staged(location, tmp_path) for _ in range(3))
     with pytest.raises(ValueError, match="--stage-limit 1e-06 GB must be at least") as refused:
-        Copier(rows, 1e3)
+        Copier(rows, 1e3, seen)
     limit = float(re.search(r"at least (\S+) GB", str(refused.value))[1]) * 1e9
     assert limit < sum(use.file[1] for use in islice(rows.uses(0), 7))  # of all chunks
     source = rows.sources[0]
@@ -417,7 +417,7 @@ def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies,
     left[0].parent.mkdir(parents=True)
     for file in (*left, source.stage / "mine.txt"):
         file.write_text("of an earlier run")
-    copier = Copier(rows, limit)
+    copier = Copier(rows, limit, seen)
     assert [file.exists() for file in (*left, source.stage / "mine.txt")] == [False] * 3 + [True]
     copier.begin(seen)
     for first in range(seen, 128, 4):
@@ -429,6 +429,25 @@ def test_chunks_come_ahead_of_their_use_within_the_limit(home, tmp_path, copies,
     assert not copier.is_alive() and 0 < copies.most <= limit
     assert copies.chunks[0] == 1 and copies.chunks.count(1) == 1  # the held-out row's: it stays
     assert max(Counter(copies.chunks).values()) <= 4
+
+
+@pytest.mark.parametrize("seen", [0, 40, 44])
+def test_a_chunk_is_in_use_from_the_first_step_that_reads_it_to_the_last(home, tmp_path, seen):
+    """Also after a change of the batch size: steps of 8 samples then begin anywhere."""
+    run(home / "squares", tmp_path / "data", "--chunk-rows", 3, "--validation", 1)
+    _, rows = opened(tmp_path / "data", window=1)
+    ((source, order, _),) = rows.streams
+    uses = [*takewhile(lambda use: use.first < seen + 80, rows.uses(seen))]
+    for step in range(seen, seen + 80, 8):
+        read = {source.find(row)[2].chunk for row in order(range(step, step + 8))}
+        assert read == {use.chunk for use in uses if use.first <= step and step + 8 <= use.last}
+
+
+def test_what_stands_at_a_position_does_not_depend_on_the_batch_size(open_kind):
+    """If the rows have one size and come from one folder."""
+    (_, four), (_, nine) = (open_kind("shapes", batch_size=size) for size in (4, 9))
+    (x, text), (y, same) = four.at(range(18, 22)), nine.at(range(18, 27))
+    assert torch.equal(x, y[:4]) and torch.equal(text, same[:4])
 
 
 def test_a_copier_with_room_stays_within_an_epoch_of_the_run(home, tmp_path):

@@ -132,6 +132,43 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert rates == pytest.approx([0.1, 0.5 * 0.96, 0.91, 0.5, 0])
 
 
+# --- a run that grows ----------------------------------------------------------------------------
+
+
+GROWN = """--steps 80 --lr 0.01 --muon-lr 0.02 --warmup-steps 200 --weight-decay 0.1
+--shift 2"""
+
+
+def test_a_finished_run_grows(done, tmp_path, capsys):
+    """Length, rates, decay and times are new from the checkpoint on, and it is said."""
+    for name in "ab":
+        out = shutil.copytree(done, tmp_path / name)
+        call(train_mnist.main, "--resume", "--device", "cpu", "--out", out, *GROWN.split())
+    changed = (
+        "--steps 60 -> 80; --lr 0.006 -> 0.01; --muon-lr 0.04 -> 0.02; --warmup-steps 5 -> 200;"
+        " --weight-decay 0.0 -> 0.1; --shift 1.0 -> 2.0"
+    )
+    assert capsys.readouterr().out.count(f"changed from here on: {changed}\n") == 2
+    for name in ("log.csv", "eval.csv", "model.safetensors"):  # the same commands, the same run
+        assert (out / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    *older, row = records(out / "log.csv")
+    assert older == records(done / "log.csv") and not any(row["changed"] for row in older)
+    assert (row["step"], row["samples"], row["changed"]) == ("80", "320", changed)
+    share = 80 / 200 * (1 - 79 / 80)
+    assert float(row["lr"]) == pytest.approx(0.01 * share)
+    groups = checkpoint(out)["adamw"]["param_groups"]
+    expected = Pipeline.open(out).model.param_groups(0.01, 0.1, muon_lr=0.02)
+    for group, wanted in zip(groups, expected, strict=True):
+        for key in ("base_lr", "weight_decay"):
+            assert group[key] == wanted[key]
+        assert group["lr"] == pytest.approx(wanted["lr"] * share) and group["updates"] == 80
+    assert {s["step"].item() for s in checkpoint(out)["adamw"]["state"].values()} == {80}
+    assert Pipeline.open(out).facts["shift"] == 2
+    resume(out)  # nothing is left to do, and nothing changes
+    assert "changed" not in capsys.readouterr().out
+    assert records(out / "log.csv") == [*older, row]
+
+
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -187,7 +224,10 @@ def spoil(**changes):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        (None, ["--lr", 0.1], "--lr 0.1 differs from the run to resume, which has 0.006"),
+        (None, ["--batch-size", 8], "--batch-size 8 differs from the run to resume, which has 4"),
+        (None, ["--ema", 0.1], "--ema 0.1 differs from the run to resume, which has 0.05"),
+        (None, ["--steps", 59], "--steps 59 is less than the 60 steps that the run in"),
+        (None, ["--muon-lr", 0], "which has 0.04, and Muon and AdamW keep different moments: drop"),
         (lambda path: path.write_bytes(b"x"), [], "or no checkpoint of this script"),
         (lambda path: torch.save({"model": {}}, path), [], 'this script ("settings" is missing)'),
         (spoil(rows="0"), [], "was trained on other rows: give its --data"),

@@ -116,7 +116,7 @@ def test_a_step_clips_the_gradient_and_each_group_has_its_rate(few, tmp_path):
     adamw = load_shard(file)["optimizer_state_dict"]["base_optimizer_state"]
     assert first_gradient(adamw["state"].values()).norm().item() == pytest.approx(1, rel=1e-3)
     groups = Pipeline.open(path).model.param_groups(0.01, muon_lr=0.02)
-    rates = [group["lr"] / 2 for group in groups]
+    rates = [group["lr"] / 4 for group in groups]  # of a first step of 4 samples, warm-up 16
     assert [group["lr"] for group in adamw["param_groups"]] == rates and len(rates) > 1
 
 
@@ -189,16 +189,15 @@ def pairs_with_a_nan(folder, batch):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, capsys):
-    """One step of each epoch of three; a step that is skipped does not move the rate."""
+    """One step of each epoch of three. The samples of a skipped step count for the rate, too."""
     made, bad = pairs_with_a_nan(tmp_path, 6)
     bad = bad.any(1).tolist()
     assert sum(bad) >= 3 and (True, True) not in pairwise(bad)
     options = ["--data", made, "--batch-size", 6, "--samples", 60, "--cooldown-samples", 36]
     out = train(tmp_path / "run", *options, "--max-bad-steps", 2)
     *_, row = records(out / "log.csv")
-    steps = 9 - sum(bad[:9])  # that moved the weights before the tenth
     assert int(row["skipped"]) == sum(bad[:10]) and float(row["loss"]) < 2
-    assert float(row["lr"]) == pytest.approx(0.004 * (10 - steps) / 6)
+    assert float(row["lr"]) == pytest.approx(0.004 * (60 - 54) / 36)
     weights = load_file(out / "model.safetensors").values()
     assert all(weight.isfinite().all() for weight in weights)
     options += ["--max-bad-steps", 1, "--save-every-samples", 6]
@@ -209,6 +208,100 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path, cap
         left = "nothing was saved before it"
     assert f"1 steps in a row were not finite, the last one step {first + 1} (on rank 0, lr" in line
     assert f"{left}; start again with a lower --lr" in line
+
+
+# --- a run that grows ----------------------------------------------------------------------------
+
+
+def shard(path):
+    (file,) = path.glob("*zero_pp_rank_*_optim_states.pt")
+    return load_shard(file)["optimizer_state_dict"]
+
+
+GROWN = """--samples 120 --batch-size 8 --lr 0.01 --muon-lr 0.02 --warmup-samples 400
+--cooldown-samples 60 --weight-decay 0.1 --save-every-samples 30 --keep 9"""
+
+
+def test_a_finished_run_grows(done, tmp_path, capsys):
+    """Length, batch, rates and decay are new from the checkpoint on, and it is said."""
+    for name in "ab":
+        out = shutil.copytree(done, tmp_path / name)
+        call(t2i, "--resume", "--threads", 1, "--out", out, *GROWN.split())
+    changed = (
+        "--samples 80 -> 120; --batch-size 4 -> 8; --lr 0.004 -> 0.01; --muon-lr 0.04 -> 0.02;"
+        " --warmup-samples 16 -> 400; --cooldown-samples 16 -> 60; --weight-decay 0.0 -> 0.1;"
+        " --save-every-samples 40 -> 30; --keep 3 -> 9"
+    )
+    assert capsys.readouterr().out.count(f"changed from here on: {changed}\n") == 2
+    same(out, tmp_path / "a")  # the same commands, the same run
+    rows, older = records(out / "log.csv"), records(done / "log.csv")
+    assert rows[:2] == older and not any(row["changed"] for row in older)
+    found = [(row["step"], row["samples"], row["changed"]) for row in rows[2:]]
+    assert found == [("22", "96", changed), ("25", "120", "")]
+    assert [float(row["lr"]) for row in rows[2:]] == pytest.approx([0.01 * 96 / 400, 0.01 * 8 / 60])
+    assert [row["samples"] for row in records(out / "eval.csv")] == ["40", "80", "120"]
+    assert saved(out) == [40, 80, 96, 120]
+    adamw = shard(newest(out))["base_optimizer_state"]
+    expected = Pipeline.open(out).model.param_groups(0.01, 0.1, muon_lr=0.02)
+    for group, wanted in zip(adamw["param_groups"], expected, strict=True):
+        for key in ("base_lr", "weight_decay"):
+            assert group[key] == wanted[key]
+        assert group["lr"] == pytest.approx(wanted["lr"] * 8 / 60) and group["updates"] == 25
+    assert {state["step"].item() for state in adamw["state"].values()} == {25}
+
+
+def test_at_a_constant_rate_a_run_that_grew_is_the_longer_run(few, tmp_path):
+    """To the last bit. Its last step may go beyond --samples; the command that made it is right."""
+    how = [*few, "--cooldown-samples", 0]
+    whole = train(tmp_path / "whole", *how, "--samples", 40)
+    for options in ("--samples 18", "--samples 18 --resume", "--samples 40 --resume"):
+        train(tmp_path / "grown", *how, *options.split())
+    a, b = (load_file(out / "model.safetensors") for out in (whole, tmp_path / "grown"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert records(whole / "eval.csv")[-1] == records(tmp_path / "grown" / "eval.csv")[-1]
+
+
+def test_a_run_goes_on_in_another_precision(few, tmp_path):
+    """Nothing of the fp32 weights is lost: at a rate of next to 0 they stay."""
+    how = [
+        "--resume",
+        "--threads",
+        1,
+        "--out",
+        train(tmp_path, *few),
+        "--lr",
+        0,
+        "--muon-lr",
+        1e-12,
+    ]
+    for precision, samples in (("bf16", 24), ("fp32", 28)):
+        call(t2i, *how, "--precision", precision, "--samples", samples)
+    paths = checkpoints(tmp_path / "checkpoints")
+    first, *others = (shard(path)["single_partition_of_fp32_groups"] for path in paths)
+    assert len(others) == 2 and any((row != row.bfloat16()).any() for row in first)
+    for other in others:
+        close(other, first, atol=1e-9, rtol=1e-6)
+    losses = [float(row["loss"]) for row in records(tmp_path / "eval.csv")]
+    assert losses == pytest.approx([losses[0]] * 3, abs=0.02) and len({*losses}) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--samples 79", "--samples 79 is less than the 80 that the run in"),
+        ("--muon-lr 0", "--muon-lr 0.0 differs from the run to resume, which has 0.04, and Muon"),
+        (
+            "--loss pseudo_huber",
+            "--loss pseudo_huber differs from the run to resume, which has mse",
+        ),
+        ("--seed 2", "--seed 2 differs from the run to resume, which has 1: drop it, or start"),
+    ],
+)
+def test_what_a_resumed_run_keeps(done, tmp_path, capsys, options, message):
+    out = shutil.copytree(done, tmp_path / "run")
+    given = ("--resume", "--threads", 1, "--out", out, *options.split())
+    assert message in refused(t2i, capsys, *given)
+    same(out, done)
 
 
 # --- other data ----------------------------------------------------------------------------------
@@ -269,10 +362,11 @@ def test_a_judge_scores_own_images_and_monitors_show_them(tmp_path, monkeypatch,
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
-    settings = Settings(samples=796, batch_size=8, warmup_samples=80, cooldown_samples=160)
-    rates = [learning_rate(settings, step) for step in (0, 9, 50, 80, 90, 100)]  # of 100
+    settings = Settings(samples=800, batch_size=8, warmup_samples=80, cooldown_samples=160)
+    rates = [learning_rate(settings, seen) for seen in (0, 72, 400, 640, 720, 800)]
     assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0])
-    assert learning_rate(Settings(warmup_samples=0, cooldown_samples=0), 0) == 1
+    sudden = Settings(samples=10, batch_size=8, warmup_samples=0, cooldown_samples=0)
+    assert [learning_rate(sudden, seen) for seen in (0, 8)] == [1, 1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 9])

@@ -165,6 +165,49 @@ def test_the_loss_of_a_network_that_stands_still(home, tmp_path, monkeypatch, tr
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_that_grows_reads_what_comes_next(home, tmp_path, monkeypatch, trainer):
+    """A network that stands still: the losses after a resume, at new times. 20 samples are seen.
+
+    Chapter 2 goes on with another batch size, of which they are no multiple, and through a stage.
+    """
+    first, how = home / "first-t2i", options(trainer, 4, 5)
+    run(home / "square", tmp_path / "data", "--size", 20, "--text-tokens", 12, "--chunk-rows", 6)
+    for program in (train_mnist, train_t2i):
+        monkeypatch.setattr(program, "LOG_EVERY", 1)
+    given = ["--init", first, "--data", tmp_path / "data", "--lr", 0, "--muon-lr", 0, "--window", 1]
+    call(TRAINERS[trainer][0], *how, *given, "--out", tmp_path / "run")
+    grown, B, end = ["--steps", 8], 4, 32
+    if trainer == "t2i":
+        grown, B, end = ["--samples", 60, "--batch-size", 8, "--stage", tmp_path / "stage"], 8, 60
+    again = ["--resume", *how[:2], "--shift", 1, "--time", "uniform", "--out", tmp_path / "run"]
+    call(TRAINERS[trainer][0], *again, *grown)
+    settings, rows = opened(tmp_path / "data", batch_size=4, seed=3, window=1)
+    model, seen = Pipeline.open(first).model, 20
+    for row in records(tmp_path / "run" / "log.csv")[5:]:
+        if trainer == "mnist":
+            batch = train_mnist.draw(rows, settings, seen // B, torch.Generator())
+        else:
+            batch = rows.draw(range(seen, seen + B), 3)
+        states, text, u, noise = rows.encode(batch, "cpu")
+        clean, noise, t = rf.line(states, noise, u, time="uniform")
+        loss = rf.rf_loss(model, clean, text, t=t, noise=noise).mean().item()
+        assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
+        seen += B
+        assert row["samples"] == str(seen)
+    assert seen == end
+
+
+def test_rows_that_take_turns_keep_their_batch_size(home, tmp_path, capsys):
+    """What stands where would be another; all else may change."""
+    how = ["--resume", "--threads", 1, "--samples", 16, "--lr", 0.001, "--out", tmp_path]
+    call(t2i, *options("t2i", 4, 2), *DATA["two prepared"].format(home).split(), *how[-2:])
+    said = refused(t2i, capsys, *how, "--batch-size", 8)
+    assert "--batch-size 8 differs from the run to resume, which has 4, and the sizes or" in said
+    call(t2i, *how)
+    assert records(tmp_path / "log.csv")[-1]["samples"] == "16"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_pictures_have_the_colour_of_their_caption(tmp_path, trainer):
     colours = ("red", "green", "blue")
     (tmp_path / "source").mkdir()
