@@ -48,6 +48,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -432,7 +433,8 @@ def start_ranks(threads: int | None = None) -> Ranks:
         )
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
-    import deepspeed  # a slow import: only when the options have been read
+    import deepspeed  # slow imports: only when the options have been read
+    from torch.utils.cpp_extension import get_default_build_root
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked worker complains
@@ -441,6 +443,14 @@ def start_ranks(threads: int | None = None) -> Ranks:
     local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
+    # A process that was killed while it compiled DeepSpeed's operator leaves a lock, and whoever
+    # needs the operator then waits for ever, without a word.
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in Path(extensions).glob("**/deepspeed_shm_comm/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            raise ValueError(
+                f"{lock} was left by a killed process, all would wait for it: delete it"
+            )
     # DeepSpeed ends a save with a barrier on the GPUs, in which all wait for the slowest disk: its
     # own limit of ten minutes would end a run with a large checkpoint.
     deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
