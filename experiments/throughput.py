@@ -413,8 +413,8 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
             }
             for _ in range(rows // len(files))
         ]
-        write_chunk(file, made, [], "")
-    manifest = finish(files) | {
+        write_chunk(file, made, [], "", {})
+    facts = {
         "schema": SCHEMA,
         "made": "",
         "size": 8 * side,
@@ -427,7 +427,7 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
         "image": {"kind": "moments", "channels": 4, "factor": 8},
         "captions": [{"column": "text", "weight": 1.0}],
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(finish(files, facts)))
 
 
 def rows_per_second(folder: Path, workers: int, repeats: int) -> dict[str, float]:

@@ -443,6 +443,12 @@ class Manifest(Checked):
     chunks: list[Chunk]
     noise_seed: Natural
     made: str  # a checksum of all options: it tells the chunks of one folder from another's
+    check: Natural
+
+
+def manifest_check(manifest: dict) -> int:
+    """The checksum of a manifest, which stands in it: of all its other keys."""
+    return zlib.crc32(json.dumps(manifest | {"check": 0}, sort_keys=True).encode())
 
 
 def read_header(path: str, cls: type[Checked]) -> tuple[dict, str]:
@@ -481,6 +487,8 @@ class PreparedFolder(Source):
         for r in self.ranges:
             self.counts[r.chunk] += r.rows
         try:
+            if self.manifest["check"] != manifest_check(self.manifest):
+                raise ValueError("it has changed since it was written")
             self.null_blob = base64.b64decode(self.manifest["null_text"], validate=True)
             self.null = self.format.join([self.null_blob])
             if not all(re.fullmatch(r"chunks/\d+\.arrow", c["file"]) for c in chunks):
@@ -490,7 +498,9 @@ class PreparedFolder(Source):
             if not {"train"} <= {r.split for r in self.ranges} or not self.manifest["captions"]:
                 raise ValueError("no rows to train on, or no captions")
         except ValueError as error:
-            raise ValueError(f"{self.location}/manifest.json is damaged: {error}") from error
+            raise ValueError(
+                f"{self.location}/manifest.json is damaged: {error}: delete it, prepare again"
+            ) from error
         self.firsts = np.array([0, *accumulate(r.rows for r in self.ranges)])
         self.weights = np.array([c["weight"] for c in self.manifest["captions"]], float)
         self.facts = {k: self.manifest[k] for k in ("size", "text_encoder", "text_tokens", "vae")}
@@ -692,6 +702,8 @@ def read_pairs(path: Path, header: dict) -> tuple[Tensor, list[str]]:
         about, states = json.loads(file.metadata()["about"]), file.get_tensor("states")
         rows = min(header["chunk"], header["number"] - chunk * header["chunk"])
         check = pairs_check(header, chunk, states, about["captions"])
+        if states.dtype != torch.float16:
+            raise ValueError(f"states of {states.dtype}, must be torch.float16")
         if about["check"] != check or not len(states) == len(about["captions"]) == rows:
             raise ValueError("it has changed, or is of other pairs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -719,9 +731,16 @@ class PairsFolder(Source):
                 f"--data {folder} is not finished, {missing} of {len(self.files)} chunks are"
                 " missing: run its tools.pairs command again"
             )
+        if {*self.folder.glob("*.safetensors")} - {*self.files}:
+            raise ValueError(
+                f"--data {folder} holds more than {number} pairs, the number in pairs.json: run its"
+                " tools.pairs command again"
+            )
+        self.tables = {}
+        self.chunk(len(self.files) - 1)  # the last one has as many as the number says
         run = self.about["facts"]
         self.K, self.channels = self.about["segments"], run["channels"]
-        self.words, self.tables = tuple(run["words"]), {}
+        self.words = tuple(run["words"])
         keys = ("size", "text_encoder", "text_tokens", "vae", "shapes", "colors", "places")
         self.facts = {key: run[key] for key in keys} | {"shift": self.about["settings"]["shift"]}
         # RF++ (2405.20320) trains reflow at both ends of time; guidance is in the pairs.

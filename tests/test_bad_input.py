@@ -128,7 +128,7 @@ FILES = {  # name → folder, file, its class, what reads it
         "data",
         "chunks/00000.json",
         Entry,
-        lambda f: prepare.finish([f / "chunks/00000.json"]),
+        lambda f: prepare.finish([f / "chunks/00000.json"], {}),
     ),
 }
 

@@ -155,6 +155,26 @@ def test_a_run_takes_its_settings_from_pairs(home, tmp_path):
         assert rows.step_defaults(typed).get("sample_steps") == steps
 
 
+@pytest.mark.parametrize(
+    "number, message",
+    [(10, "holds more than 10 pairs"), (24, "00002.safetensors is broken")],
+)
+def test_a_number_that_was_changed_is_refused(home, tmp_path, number, message):
+    out = make(home / "digits", tmp_path / "pairs")
+    about = json.loads((out / "pairs.json").read_text())
+    (out / "pairs.json").write_text(json.dumps(about | {"number": number}))
+    with pytest.raises(ValueError, match=message):
+        PairsFolder(str(out))
+
+
+def test_states_of_another_type_are_refused(home, tmp_path):
+    out = make(home / "digits", tmp_path / "pairs")
+    file = out / "00000.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F16"', b'"I16"'))
+    with pytest.raises(ValueError, match=r"states of torch.int16, must be"):
+        PairsFolder(str(out)).chunk(0)
+
+
 def test_broken_pairs_say_what_to_do(home, tmp_path):
     out = make(home / "digits", tmp_path / "pairs")
     (out / "00000.safetensors").write_bytes(b"no safetensors")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -317,6 +318,8 @@ def test_columns_are_joined_and_weighed_and_rows_dropped(tmp_path):
     for name, values in columns.items():
         prepare.write_table(tmp_path / name, {"row": [17, 3, 9, 4], name: values})
         extra += ["--with", tmp_path / name]
+    prepare.write_table(tmp_path / "none", {"row": [17, 9], "drop": [False, None]})
+    extra += ["--with", tmp_path / "none"]  # what one table drops is dropped
     manifest, found = run(source, out, *extra), prepared(out)
     assert manifest["rows"]["dropped"] == 2 and found.keys() == {*range(40)} - {9, 17}
     weights = {c["column"]: c["weight"] for c in manifest["captions"]}
@@ -428,8 +431,7 @@ def test_a_source_that_changed_is_noticed(tmp_path, capsys):
     last.with_suffix(".txt").write_text("repaired")
     run(*again)
     first.with_suffix(".txt").write_text("another caption")
-    reason = "class_0/00.txt is newer than"
-    refused(capsys, reason, *again)
+    refused(capsys, "has other files than", *again)
     for chunk in (out / "chunks").glob("*.arrow"):
         chunk.unlink()
     run(*again)
@@ -445,6 +447,73 @@ def test_a_source_that_changed_is_noticed(tmp_path, capsys):
     refused(capsys, "was begun with --source-files", file, tmp_path / "other")
 
 
+@pytest.mark.parametrize("make", [folder, pictures])
+def test_images_that_older_ones_replace_are_noticed(tmp_path, capsys, make):
+    """Between two parts, and when all is done."""
+    source, out = make(tmp_path / "source", 6), tmp_path / "data"
+    how = [source, out, "--chunk-rows", 3, "--part"]
+    files = {file: file.stat().st_mtime_ns for file in source.rglob("*.png")}
+    for part in ("0/2", "1/2"):
+        run(*how, part)
+        for file in files:
+            os.utime(file, ns=(0, 0))
+        refused(capsys, "has other files than", *how, "1/2")
+        for file, time in files.items():
+            os.utime(file, ns=(time, time))
+    assert run(*how, "1/2")["rows"]["train"] == 6
+
+
+@pytest.mark.parametrize("how", ["first", "middle", "cut", "two", "text after it"])
+def test_an_archive_that_does_not_end_with_its_end_is_refused(tmp_path, capsys, how):
+    """tarfile stops at a broken header, and at the end of the first of two archives."""
+    file = webdataset(tmp_path / "source", 4) / "0.tar"
+    content = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        end = tar.getmembers()[12].offset
+    if how in ("first", "middle"):
+        content[0 if how == "first" else end] ^= 1
+    elif how == "cut":
+        del content[end:]
+    else:
+        content += bytes(content) if how == "two" else b"text"
+    file.write_bytes(content)
+    reason = "0.tar is cut off or damaged at byte"
+    for extra in ([], ["--streaming"]):
+        refused(capsys, reason, tmp_path / "source", tmp_path / "out", *extra)
+
+
+def test_which_of_several_columns_holds_the_images(tmp_path, capsys):
+    out, kind = tmp_path / "data", ImageFeature()
+    for name in ("image", "target"):
+        columns = {"conditioning_image": [9, 9], name: [0, 1]}
+        rows = {c: [{"bytes": png(i), "path": None} for i in n] for c, n in columns.items()}
+        table = Dataset.from_dict(rows | {"text": ["number 0", "number 1"]})
+        table = table.cast_column("conditioning_image", kind).cast_column(name, kind)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    run(tmp_path / "image.parquet", out)
+    for number, row in prepared(out).items():
+        assert torch.equal(row["image"], prepare.fit(picture(number), [row["bucket"]], 1.0))
+    reason = "has images in conditioning_image, target: call one of them image"
+    refused(capsys, reason, tmp_path / "target.parquet", tmp_path / "other")
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path, capsys):
+    source = parquet(tmp_path / "source", 4)
+    (webdataset(tmp_path / "tars", 4) / "0.tar").rename(source / "t.tar")
+    reason = "holds t.tar and 0.parquet: move one away"
+    refused(capsys, reason, source, tmp_path / "out")
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path, capsys):
+    source, out = folder(tmp_path / "source", 20), tmp_path / "data"
+    manifest, file = run(source, out), out / "manifest.json"
+    ranges = [r | {"first": 0} for r in manifest["ranges"]]
+    file.write_text(json.dumps(manifest | {"ranges": ranges}))
+    refused(capsys, "manifest.json is damaged: it has changed since it was", source, out)
+    file.unlink()
+    assert run(source, out) == manifest
+
+
 def test_what_else_lies_in_a_folder_of_images(tmp_path, capsys):
     source = folder(tmp_path / "source", 4)
     (source / "class_0/04.heic").touch()
@@ -454,7 +523,7 @@ def test_what_else_lies_in_a_folder_of_images(tmp_path, capsys):
     assert run(source, tmp_path / "data")["rows"]["train"] == 4
     assert "1 files such as 04.heic are left out: convert them" in capsys.readouterr().out
     (source / "class_0/backup.tar").write_bytes(bytes(1024))
-    refused(capsys, "holds images and backup.tar: move one away", source, tmp_path / "new")
+    refused(capsys, "holds 00.png and backup.tar: move one away", source, tmp_path / "new")
 
 
 def test_a_folder_of_images_of_any_format(tmp_path):

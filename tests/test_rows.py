@@ -29,7 +29,15 @@ import rf
 from common.evaluate import Ranks
 from inputs import digits
 from inputs.encoders import HashText, TextFormat
-from inputs.rows import FAILED, Copier, PreparedFolder, Range, WindowOrder, row_checks
+from inputs.rows import (
+    FAILED,
+    Copier,
+    PreparedFolder,
+    Range,
+    WindowOrder,
+    manifest_check,
+    row_checks,
+)
 from inputs.shapes import Shapes, World
 from tools import pairs
 from train_t2i import loader
@@ -75,7 +83,9 @@ def edited(folder, out, **changes):
     """A copy with another manifest."""
     shutil.copytree(folder, out)
     manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(manifest | changes))
+    manifest |= changes
+    manifest["check"] = manifest_check(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
     return out
 
 

@@ -33,6 +33,7 @@ import io
 import json
 import os
 import re
+import tarfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ from common.settings import (
 )
 from common.start import begin, choose_device, claim, line_of, mark, program, sweep, write_whole
 from inputs.encoders import TextFormat, image_encoder, text_encoder
-from inputs.rows import SCHEMA, TIMES, Chunk, Manifest, Range, row_checks
+from inputs.rows import SCHEMA, TIMES, Chunk, PreparedFolder, Range, manifest_check, row_checks
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")  # if none has the type
@@ -114,6 +115,7 @@ class Source(NamedTuple):
     image: str  # the column of images: paths, bytes, or {"bytes", "path"}
     folder: Path  # where paths start
     id: int  # rows have the same numbers while it is the same; 0: unknown, of the hub
+    named: bool  # whether `image` holds names of files
 
     def picture(self, row: dict) -> Image.Image:
         """A row's image, upright (phones store them sideways), in RGB."""
@@ -140,16 +142,17 @@ def open_source(args: Reading) -> Source:
     files = [path] if path.is_file() else [f for p in INSIDE for f in inside(path, p)]
     if files:
         kind = files[0].suffix
-        files = [file for file in files if file.suffix == kind]
-        if kind in (".parquet", ".tar") and any(f.suffix.lower() in IMAGES for f in inside(path)):
-            raise ValueError(f"SOURCE {name} holds images and {files[0].name}: move one away")
+        others = [file for file in files if file.suffix != kind]
+        if kind in (".parquet", ".tar"):
+            others += [file for file in inside(path) if file.suffix.lower() in IMAGES]
+        if others:
+            raise ValueError(
+                f"SOURCE {name} holds {others[0].name} and {files[0].name}: move one away"
+            )
         known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         id = zlib.crc32(repr(known).encode())
         for file in files if kind == ".tar" else ():
-            with open(file, "rb") as tar:  # it ends with two empty blocks; `datasets` does not look
-                tar.seek(max(0, os.path.getsize(file) - 1024))
-                if tar.read(1024) != bytes(1024):
-                    raise ValueError(f"SOURCE {file} is cut off: its end is missing")
+            check_tar(file)
         options = {
             "path": LOADERS.get(kind, name),
             "data_files": [glob.escape(str(f)) for f in files],
@@ -168,10 +171,27 @@ def open_source(args: Reading) -> Source:
         reason = line_of(error.__cause__ or error).replace("StopIteration", "it is empty")
         raise ValueError(f"SOURCE {name} could not be loaded: {reason}") from error
     typed = [c for c, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    typed = ["image"] if "image" in typed else typed
+    if len(typed) > 1:
+        raise ValueError(f"SOURCE {name} has images in {', '.join(typed)}: call one of them image")
     for column in typed:  # bytes: we decode, and leave out the bad
         table = table.cast_column(column, datasets.Image(decode=False))
     image = next((c for c in (*typed, *columns) if c in table.features), "image")
-    return Source(table, list(table.features), image, Path(*files[:1]).parent, id)
+    named = "file_name" in columns
+    return Source(table, list(table.features), image, Path(*files[:1]).parent, id, named)
+
+
+def check_tar(file: Path):
+    """ValueError unless it ends after its last member, with two empty blocks and nothing else.
+
+    tarfile, and so `datasets`, stops without a word at a header that is broken or empty.
+    """
+    end = 0
+    with suppress(tarfile.TarError), tarfile.open(file, "r:") as tar:
+        for _ in tar:
+            end = tar.offset  # of the next header
+    if os.path.getsize(file) < end + 1024 or np.memmap(file, mode="r")[end:].any():
+        raise ValueError(f"SOURCE {file} is cut off or damaged at byte {end}: make it again")
 
 
 def inside(folder: Path, pattern: str = "**/*") -> list[Path]:
@@ -198,7 +218,7 @@ def read_folder(folder: Path) -> Source:
             f"SOURCE {folder} holds no images: put images and .txt captions of the same names there"
         )
     names = [str(row["file_name"].relative_to(folder)) for row in rows]
-    return Source(rows, list(rows[0]), "file_name", Path(), zlib.crc32(repr(names).encode()))
+    return Source(rows, list(rows[0]), "file_name", Path(), zlib.crc32(repr(names).encode()), True)
 
 
 def blocks(table, size: int, seed: int):
@@ -435,7 +455,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             for join in joins:
                 wanted = pa.compute.is_in(join["row"], pa.array(numbers, join["row"].type))
                 for row in join.filter(wanted).to_pylist():
-                    joined[row["row"]] |= row
+                    if not joined[row["row"]].get("drop"):  # once dropped, it stays so
+                        joined[row["row"]] |= row
             entry = read_json(file, Entry) if file.exists() else None
             if entry and not there(args.out, entry):
                 entry = None
@@ -445,7 +466,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             else:
                 file.unlink(missing_ok=True)  # nobody may finish with the old one
                 places = enumerate(numbers, i * args.chunk_rows)
-                entry = write_chunk(file, *encode_all(places), made)
+                before = files_of(source, rows, numbers)
+                entry = write_chunk(file, *encode_all(places), made, before)
             seen += len(numbers)
             bad += bad_rows(entry)
             if len(bad) > args.bad_limit * max(seen, FEW_ROWS):
@@ -471,6 +493,7 @@ class Entry(Chunk):
 
     ranges: list[Range]
     left_out: list[LeftOut]
+    files: Natural  # see files_check
 
 
 def there(out: Path, entry: dict) -> bool:
@@ -484,12 +507,31 @@ def bad_rows(entry: dict) -> list[dict]:
     return [row for row in entry["left_out"] if row["kind"] == "bad"]
 
 
-def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str) -> dict:
+def files_of(source: Source, rows, numbers: list[int]) -> dict[int, list[tuple[int, int]]]:
+    """Of each row that names files: the size and the time of its image, and of its .txt."""
+    found = defaultdict(list)
+    for number in numbers if source.named else ():
+        row = rows[number]
+        paths = [cell for cell in row.values() if isinstance(cell, Path)]  # of a folder's row
+        for path in paths or [source.folder / str(row.get(source.image))]:
+            with suppress(OSError, ValueError):  # none of that name
+                stat = path.stat()
+                found[number].append((stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def files_check(files: dict, entry: dict) -> int:
+    """A checksum of files_of a chunk; without bad rows, which may be repaired."""
+    bad = {row["row"] for row in bad_rows(entry)}
+    return zlib.crc32(repr([item for item in files.items() if item[0] not in bad]).encode())
+
+
+def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str, files: dict) -> dict:
     """The .arrow of one record batch, then the .json: so a chunk is whole if its .json is there.
 
     Rows are sorted by split and bucket, so each bucket is one range of the chunk and the manifest
     stays small. rows: the columns, and "where", (split, height, width); the list is emptied to free
-    memory. made: see Manifest. → the .json.
+    memory. made: see Manifest; files: see files_of. → the .json.
     """
     rows.sort(key=lambda row: row["where"])
     for row in rows:
@@ -512,18 +554,21 @@ def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str) -
         "ranges": ranges,
         "left_out": left_out,
     }
+    entry["files"] = files_check(files, entry)
     write_whole(file.with_suffix(".arrow"), content)
     write_whole(file, json.dumps(entry).encode())
     return entry
 
 
-def finish(files: list[Path]) -> dict:
-    """What the manifest says of the chunks, from their .json files alone: two parts that end at
-    the same time write the same bytes. ValueError if no row is left to train on.
+def finish(files: list[Path], facts: dict) -> dict:
+    """The manifest: facts, and what the chunks' .json files say; so two parts that end at the same
+    time write the same bytes. ValueError if no row is left to train on.
     """
     chunks = [read_json(file, Entry) for file in files]
     ranges = [r for chunk in chunks for r in chunk.pop("ranges")]
     left_out = [row for chunk in chunks for row in chunk.pop("left_out")]
+    for chunk in chunks:
+        del chunk["files"]
     counts, buckets = Counter(row["kind"] for row in left_out), Counter()
     for r in ranges:
         counts[r["split"]] += r["rows"]
@@ -532,12 +577,13 @@ def finish(files: list[Path]) -> dict:
     if not buckets:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in left_out[:3])
         raise ValueError(f"no row is left to train on; {len(left_out)} left out: {reasons}")
-    return {
+    manifest = facts | {
         "rows": {k: counts[k] for k in ("train", "validation", "bad", "small", "dropped")},
         "buckets": [{"height": h, "width": w, "rows": n} for (h, w), n in sorted(buckets.items())],
         "chunks": chunks,
         "ranges": ranges,
     }
+    return manifest | {"check": manifest_check(manifest)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -627,19 +673,17 @@ def same_settings(args: Settings, source: Source) -> dict:
 
 
 def unchanged(args: Settings, source: Source):
-    """ValueError if a file of a folder's row is newer than the chunk that holds the row."""
-    table = source.table if isinstance(source.table, list) else []
+    """ValueError if a file that a chunk was made of has another size or time now."""
+    table = source.table if source.named else []
     for i, (rows, numbers) in enumerate(blocks(table, args.chunk_rows, args.seed)):
         chunk = args.out / "chunks" / f"{i:05d}.arrow"
-        entry = chunk.with_suffix(".json")
-        if not chunk.exists() or not entry.exists():
-            continue
-        bad = {row["row"] for row in bad_rows(read_json(entry, Entry))}  # these may be repaired
-        files = [rows[n][key] for n in numbers if n not in bad for key in ("file_name", "text")]
-        for file in files:
-            if file.exists() and file.stat().st_mtime > chunk.stat().st_mtime:
+        file = chunk.with_suffix(".json")
+        if chunk.exists() and file.exists():
+            entry = read_json(file, Entry)
+            if entry["files"] != files_check(files_of(source, rows, numbers), entry):
                 raise ValueError(
-                    f"SOURCE {file} is newer than {chunk}: delete that, to make it anew"
+                    f"SOURCE {args.source} has other files than {chunk} was made of: delete that,"
+                    " to make it anew"
                 )
 
 
@@ -714,8 +758,8 @@ def main(argv: list[str] | None = None):
             "image": {"kind": kind, "channels": vae.channels, "factor": vae.factor},
             "captions": [{"column": c, "weight": w} for c, w in captions.items()],
         }
-        write_whole(manifest, json.dumps(facts | finish(files), indent=1).encode())
-    print(f"{args.out} is ready: {read_json(manifest, Manifest)['rows']}")
+        write_whole(manifest, json.dumps(finish(files, facts), indent=1).encode())
+    print(f"{args.out} is ready: {PreparedFolder(str(args.out), None).manifest['rows']}")
 
 
 if __name__ == "__main__":
