@@ -703,7 +703,7 @@ def read_pairs(path: Path, header: dict) -> tuple[Tensor, list[str]]:
         rows = min(header["chunk"], header["number"] - chunk * header["chunk"])
         check = pairs_check(header, chunk, states, about["captions"])
         if states.dtype != torch.float16:
-            raise ValueError(f"states of {states.dtype}, must be torch.float16")
+            raise ValueError(f"it holds {states.dtype}")
         if about["check"] != check or not len(states) == len(about["captions"]) == rows:
             raise ValueError("it has changed, or is of other pairs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -725,16 +725,11 @@ class PairsFolder(Source):
         self.about, self.id = read_header(str(self.folder / "pairs.json"), PairsHeader)
         number, chunk = self.about["number"], self.about["chunk"]
         self.files = [self.folder / f"{i:05d}.safetensors" for i in range(-(-number // chunk))]
-        missing = sum(not file.exists() for file in self.files)
-        if missing:
+        there = {*self.folder.glob("*.safetensors")}
+        if there != {*self.files}:
             raise ValueError(
-                f"--data {folder} is not finished, {missing} of {len(self.files)} chunks are"
-                " missing: run its tools.pairs command again"
-            )
-        if {*self.folder.glob("*.safetensors")} - {*self.files}:
-            raise ValueError(
-                f"--data {folder} holds more than {number} pairs, the number in pairs.json: run its"
-                " tools.pairs command again"
+                f"--data {folder} is not finished, or its number has changed: {len(there)} chunks"
+                f" are there, must be {len(self.files)}: run its tools.pairs command again"
             )
         self.tables = {}
         self.chunk(len(self.files) - 1)  # the last one has as many as the number says
