@@ -36,6 +36,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -745,10 +746,15 @@ class MMDiT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """The sum of all weights, their bits taken as whole numbers: it changes if one of them does."""
+def checksum(tensors: dict[str, Tensor], about: str = "") -> int:
+    """It changes if a weight does, its name, shape or dtype, or `about`.
+
+    The sum of all weights, their bits taken as whole numbers, and a CRC of the words.
+    """
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sum(int(x.view(whole[x.itemsize]).sum()) for x in tensors.values()) % 2**63
+    words = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in sorted(tensors.items())]
+    bits = sum(int(x.view(whole[x.itemsize]).sum()) for x in tensors.values())
+    return (bits + zlib.crc32("".join([about, *words]).encode())) % 2**63
 
 
 def save_model(path: str | Path, model: MMDiT, **sections):
@@ -762,7 +768,8 @@ def save_model(path: str | Path, model: MMDiT, **sections):
     if not all(x.isfinite().all() for x in tensors.values()):
         raise FloatingPointError(f"weights that are not finite are not written to {path}")
     path.mkdir(parents=True, exist_ok=True)
-    contents = {"model": asdict(model.config), "checksum": checksum(tensors), **sections}
+    config = asdict(model.config)
+    contents = {"model": config, "checksum": checksum(tensors, json.dumps(config)), **sections}
     partial = [path / "model.safetensors.partial", path / "config.json.partial"]
     try:
         save_file(tensors, partial[0])
@@ -792,7 +799,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> MMDiT:
         model = MMDiT(MMDiTConfig(**config["model"]))
         tensors = load_file(path / "model.safetensors")
         model.load_state_dict(tensors)
-        if config["checksum"] != checksum(tensors):
+        if config["checksum"] != checksum(tensors, json.dumps(asdict(model.config))):
             raise ValueError("the weights have changed")
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = f"weights and config.json do not match: {error}"

@@ -48,7 +48,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,6 +73,7 @@ from common.pipeline import (
     checkpoints,
     drop_export,
     load_shard,
+    mark_of,
     open_checkpoint,
     rank_of,
     read_record,
@@ -433,8 +433,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
         )
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
-    import deepspeed  # slow imports: only when the options have been read
-    from torch.utils.cpp_extension import get_default_build_root
+    import deepspeed  # a slow import: only when the options have been read
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked worker complains
@@ -443,14 +442,6 @@ def start_ranks(threads: int | None = None) -> Ranks:
     local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
-    # A process that was killed while it compiled DeepSpeed's operator leaves a lock, and whoever
-    # needs the operator then waits for ever, without a word.
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    for lock in Path(extensions).glob("**/deepspeed_shm_comm/lock"):
-        if time.time() - lock.stat().st_mtime > 600:
-            raise ValueError(
-                f"{lock} was left by a killed process, all would wait for it: delete it"
-            )
     # DeepSpeed ends a save with a barrier on the GPUs, in which all wait for the slowest disk: its
     # own limit of ten minutes would end a run with a large checkpoint.
     deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
@@ -506,7 +497,9 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
         raise ValueError(
             f'{file}: "stage" {zero.get("stage")!r} must be 2 (or 1): part 3 of train_t2i.py'
         )
-    refused = dict.fromkeys(("offload_optimizer", "cpu_offload", "round_robin_gradients"), zero)
+    # With an elastic checkpoint the shards would have another form.
+    refused = ("offload_optimizer", "cpu_offload", "round_robin_gradients", "elastic_checkpoint")
+    refused = dict.fromkeys(refused, zero)
     for key, holder in (refused | dict.fromkeys(("fp16", "torch_autocast"), config)).items():
         if holder.get(key, False) is not False:
             raise ValueError(f'{file}: "{key}" is not supported here: take it out')
@@ -841,13 +834,7 @@ class Run:
         self.log.flush()  # or a resumed run would not know the losses since the last row
         # Of these, a sampler reads facts, model, widths and step; a resume reads step and the rest.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
-        # The mark goes into run.json and into each shard: files of two checkpoints never mix.
-        known = json.dumps([self.settings.saved(), asdict(self.config), self.rows.id, self.seen])
-        mark = f"{zlib.crc32(known.encode()):08x}"
-        for group in self.adamw.param_groups:
-            group["mark"] = mark
         record = {
-            "mark": mark,
             "samples": self.seen,
             "step": self.step,
             "world_size": self.ranks.count,
@@ -859,6 +846,10 @@ class Run:
             "log": self.log.rows,
             "evals": self.evals,
         }
+        # It goes into each file, with the rank: files of two checkpoints never mix.
+        record["mark"] = self.ranks.gather(mark_of(record))[0]
+        for group in self.adamw.param_groups:
+            group["mark"] = f"{record['mark']} {self.ranks.rank}"
         write_checkpoint(
             self.engine, self.settings.out / "checkpoints", record, self.settings.keep, self.ranks
         )
@@ -929,7 +920,8 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
         partial.mkdir(parents=True)
     dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
     try:
-        engine.save_checkpoint(str(folder), tag=PARTIAL, save_latest=False)
+        marked = {"mark": record["mark"]}
+        engine.save_checkpoint(str(folder), tag=PARTIAL, client_state=marked, save_latest=False)
         if first:
             (partial / RUN_FILE).write_text(json.dumps(record))
         # On the disk before the name changes. Each rank its own: on a network's file system nobody
@@ -983,9 +975,11 @@ def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
     so it reads little more than that. ValueError if the checkpoint is damaged.
     """
     try:
-        loaded, _ = engine.load_checkpoint(
+        loaded, client = engine.load_checkpoint(
             str(path.parent), tag=path.name, load_optimizer_states=False
         )
+        if loaded is None or client.get("mark") != mark:  # DeepSpeed only warns of the first
+            raise ValueError(f"mp_rank_* is not of the {RUN_FILE} beside it")
         files = sorted(path.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of)
         saved = [load_shard(file, checked=False)["optimizer_state_dict"] for file in files]
         for file, each in zip(files, saved, strict=True):
@@ -1005,8 +999,6 @@ def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
         raise ValueError(
             f"{path} is damaged ({line_of(error)}): move it away, and --resume takes the one before"
         ) from error
-    if loaded is None:  # DeepSpeed only warns if it finds nothing
-        raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
     engine.optimizer.update_lp_params()  # fp32 shards → the network's weights, on every rank
 
 

@@ -11,6 +11,7 @@ Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -428,12 +429,21 @@ def read_record(checkpoint: Path) -> dict:
     record = read_json(checkpoint / RUN_FILE, Record)
     if checkpoint.name.isdecimal() and int(checkpoint.name) != record["samples"]:
         raise ValueError(f"{checkpoint} holds the {RUN_FILE} of {record['samples']} samples")
+    if record["mark"] != mark_of(record):
+        raise ValueError(f"{checkpoint}/{RUN_FILE} has been changed")
     return record
 
 
+def mark_of(record: dict) -> str:
+    """A checksum of run.json."""
+    known = json.dumps({key: value for key, value in record.items() if key != "mark"})
+    return f"{zlib.crc32(known.encode()):08x}"
+
+
 def same_checkpoint(file: Path, saved: dict, mark: str):
-    """ValueError unless a shard was written together with its run.json."""
-    if saved["base_optimizer_state"]["param_groups"][0].get("mark") != mark:
+    """ValueError unless a shard was written together with its run.json, and by this rank."""
+    written = saved["base_optimizer_state"]["param_groups"][0].get("mark")
+    if written != f"{mark} {rank_of(file)}":
         raise ValueError(f"{file} is of another checkpoint than the {RUN_FILE} beside it")
 
 

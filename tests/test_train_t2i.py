@@ -1,7 +1,6 @@
 """train_t2i.py in one process: what it writes, how it goes on, and what it says when it cannot."""
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -106,17 +105,6 @@ def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
     close(model.state_dict(), average, atol=0, rtol=0)
     facts = Pipeline.open(done).facts
     assert (facts["size"], facts["shapes"], facts["samples"]) == (20, 4, 80)
-
-
-def test_a_lock_that_a_killed_process_left_is_told(tmp_path, capsys, monkeypatch):
-    """DeepSpeed would wait for it for ever."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py311" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    assert refuses(capsys, tmp_path / "run").endswith("all would wait for it: delete it")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_clips_the_gradient_and_each_group_has_its_rate(few, tmp_path):
