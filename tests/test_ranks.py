@@ -1,6 +1,8 @@
 """train_t2i.py over several processes: the same run on any number of ranks, and after any kill."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +134,56 @@ def test_a_killed_rank(whole, tmp_path):
     script = [sys.executable, out / "checkpoints" / "zero_to_fp32.py", out / "checkpoints"]
     subprocess.run([*script, tmp_path, "--safe_serialization"], env=CPU, check=True)
     Pipeline.open(out).model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+SHORT = [*OPTIONS, "--samples", 20 * BATCH, "--save-every-samples", 10 * BATCH]
+TWO_PASSES = ["--micro-batch", 2]
+
+
+def written(path, **changes):
+    """Our ds_config.json with changes; `zero` of them in its section."""
+    config = json.loads(train_t2i.Settings.ds_config.read_text())
+    config["zero_optimization"] |= changes.pop("zero", {})
+    path.write_text(json.dumps(config | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Two ranks and two passes a step, as ds_config.json stands, in each precision."""
+    folder = tmp_path_factory.mktemp("short")
+    for precision in ("bf16", "fp32"):
+        run(folder / precision, *SHORT, *TWO_PASSES, "--precision", precision)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "precision, changes",
+    [
+        ("bf16", {"zero": {"stage": 1}}),
+        ("fp32", {"zero": {"stage": 1, "overlap_comm": True}}),
+        ("bf16", {"zero": {"overlap_comm": True}, "communication_data_type": "bf16"}),
+    ],
+)
+def test_the_choices_of_ds_config(short, tmp_path, precision, changes):
+    """docs/gpu.md says when to take which: the same run up to rounding, and it resumes.
+
+    On two ranks bit for bit, on one up to rounding.
+    """
+    out, config = tmp_path / "run", written(tmp_path / "ds.json", **changes)
+    run(out, *SHORT, *TWO_PASSES, "--precision", precision, "--ds-config", config)
+    alike(out, short / precision)
+    assert all(x.isfinite().all() for x in read_averages(newest(out), NAMES)[NAMES[0]].values())
+    again = ("--resume", "--threads", 1, "--ds-config", config)
+    one = shutil.copytree(out, tmp_path / "one")
+    cut = shutil.copytree(out, tmp_path / "cut")
+    for folder in (one, cut):
+        shutil.rmtree(newest(folder))
+    run(cut, *again)
+    same_bytes(cut, out)
+    command = [sys.executable, PROGRAM, *map(str, again), "--out", one]
+    subprocess.run(command, env=CPU, check=True, capture_output=True)
+    alike(one, out)
 
 
 def test_two_ranks_share_a_stage(tmp_path):
