@@ -151,6 +151,8 @@ def test_a_resumed_run_is_the_same(done, tmp_path):
         ("--compile on", 1e-4),
         ("--recompute blocks", 0),
         ("--recompute blocks --compile on", 1e-4),
+        ("--ds-config stage1", 1e-9),
+        ("--ds-config stage1 --precision bf16", 0.1),
     ],
 )
 def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, options, tolerance):
@@ -167,7 +169,10 @@ def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, o
     compiled = partialmethod(MMDiT.compile_blocks, backend=backend)
     monkeypatch.setattr(MMDiT, "compile_blocks", compiled)
     monkeypatch.setattr(mmdit, "checkpoint", counted)
-    out = train(tmp_path / "run", *options.split())
+    file = json.loads(Settings.ds_config.read_text())
+    file["zero_optimization"]["stage"] = 1
+    (tmp_path / "stage1").write_text(json.dumps(file))
+    out = train(tmp_path / "run", *options.replace("stage1", f"{tmp_path}/stage1").split())
     a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
     assert a == pytest.approx(b, rel=0, abs=tolerance)
     if "bf16" in options:
