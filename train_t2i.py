@@ -384,8 +384,8 @@ def _leave_signals_to_the_trainer(worker: int):
 # DeepSpeed's default every rank receives the whole mean gradient and takes its own part of it. With
 # "use_multi_rank_bucket_allreduce": false in ds_config.json each part goes to its owner alone, that
 # is half the bytes: a quarter less than plain data parallelism. The file also switches off a timer
-# of DeepSpeed that would wait for the GPU twice in every pass. tools/plan.py counts memory and
-# traffic for any number of GPUs and passes.
+# of DeepSpeed that would wait for the GPU twice in every pass. common/memory.py counts memory,
+# tools/plan.py traffic, for any number of GPUs and passes.
 
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")

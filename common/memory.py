@@ -45,9 +45,7 @@ def bucket_size(ds: dict, parameters: int) -> int:
     return min(int(size), parameters)
 
 
-def needs(
-    images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple[int, int], ds: dict
-) -> dict[str, float]:
+def needs(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, ds: dict) -> dict:
     """Bytes on each GPU, by what they hold. ValueError if ds_config.json has no good bucket.
 
     images: of one pass, each of these sides (h, w) as the network sees it. settings: options of a
@@ -64,7 +62,7 @@ def needs(
     N, b, zero = model.n_parameters(), dtype.itemsize, ds["zero_optimization"]
     r = DTYPES.get(ds.get("communication_data_type"), dtype).itemsize
     M = sum(p.numel() for name, p in model.named_parameters() if model.role(name) == "hidden")
-    buckets = 2 if zero.get("overlap_comm") else 1
+    buckets = 1 + bool(zero.get("overlap_comm"))
     return {
         "weights": b * N,
         "gradients": (8 + b) * N if zero.get("stage") == 1 else 4 * N / gpus,
@@ -76,7 +74,7 @@ def needs(
     }
 
 
-def activations(model: MMDiT, images: int, sides: tuple[int, int], tokens: int) -> int:
+def activations(model: MMDiT, images: int, sides: tuple, tokens: int) -> int:
     """Bytes that autograd keeps between forward and backward, without the weights.
 
     Tensors that share memory are counted once. On fake tensors this takes no memory at all.

@@ -91,7 +91,7 @@ def plan(config: MMDiTConfig, s: Settings, ds: dict):
     (muon,) = (g for g in model.param_groups(1, muon_lr=1) if "matrices" in g)
     flops = useful + sum(n * muon_flops(out, into) for n, out, into in muon["matrices"]) // W
     if s.recompute == "blocks":  # all but the last block (MMDiT.through), and what is outside them
-        double = config.n_double_layers // config.n_layers
+        double = config.n_double_layers // config.n_layers  # 1 if the last block is double
         others = MMDiT(replace(config, n_layers=1, n_double_layers=double))
         flops += useful // 3 - images * others.flops_per_image(side, side, s.text_tokens)
     b = DTYPES[s.precision].itemsize
