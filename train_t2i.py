@@ -673,7 +673,7 @@ class Run:
         model.recompute, self.config = settings.recompute == "blocks", model.config
         largest = max(sides, key=math.prod)
 
-        def fits(ds: dict, share: int) -> int:
+        def fits(ds, share):
             free = room(device, ranks)
             return largest_pass(free, share, self.config, settings, ranks.count, largest, ds)
 

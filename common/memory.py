@@ -42,7 +42,7 @@ def bucket_size(ds: dict, parameters: int) -> int:
     """
     size = ds["zero_optimization"].get("reduce_bucket_size", 5e8)  # DeepSpeed's default
     check('"reduce_bucket_size" of ds_config.json', size, Positive)
-    return min(int(size), parameters)
+    return min(size, parameters)
 
 
 def needs(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, ds: dict) -> dict:
