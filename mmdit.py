@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -514,7 +515,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False  # see through
         D, n_double = config.dim, config.n_double_layers
         n_single = config.n_layers - n_double
         self.patch_embed = Linear(config.patch_values, D, role="input", bias=True)
@@ -579,17 +580,31 @@ class MMDiT(nn.Module):
         if self.registers is not None:
             text = torch.cat([self.registers.expand(B, -1, -1), text], dim=1)  # (B, R+T, D)
         for block in self.double_blocks:
-            text, image = block(text, image, cond)
+            text, image = self.through(block, text, image, cond)
         if self.single_blocks:
             tokens = torch.cat([text, image], dim=1)  # (B, R+T+N, D)
             for block in self.single_blocks:
-                tokens = block(tokens, cond)
+                tokens = self.through(block, tokens, cond)
             image = tokens[:, text.shape[1] :]  # (B, N, D)
         shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         if self.config.residual == "prenorm":
             image = norm(image)  # as in DiT; AuraFlow has no norm here
         out = unpatchify(self.final(modulate(image, shift, scale)), patch, H, W)  # (B, C, H, W)
         return out if self.config.predicts == "velocity" else velocity_to(x, out, t)
+
+    def through(self, block: nn.Module, *inputs: Tensor):
+        """What a block makes of its inputs.
+
+        With self.recompute autograd keeps only the inputs, and the backward pass runs the block
+        again (Chen et al. 2016, 1604.06174): far less memory, one more forward pass of time, the
+        same values. The last block is an exception: its backward pass comes at once, when it would
+        need the memory again in any case. Not a field of the config: it is no part of the network.
+        """
+        last = (*self.double_blocks, *self.single_blocks)[-1]
+        if not self.recompute or block is last or not torch.is_grad_enabled():
+            return block(*inputs)
+        # No block draws random numbers: the state of their generator need not be kept.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def grid_positions(self, rows: int, columns: int) -> Tensor:
         """(rows·columns, D): the centre of the position table.

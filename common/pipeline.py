@@ -409,8 +409,9 @@ def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str,
     for file in sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of):
         saved = load_shard(file)["optimizer_state_dict"]
         same_checkpoint(file, saved, mark)
-        states = saved["base_optimizer_state"]["state"].values()  # of each group's row
-        for state, places in zip(states, saved["param_slice_mappings"], strict=True):
+        states = saved["base_optimizer_state"]["state"]  # of each group's row, in any order
+        for i, places in enumerate(saved["param_slice_mappings"]):
+            state = states[i]
             for name in names:
                 if name not in state:
                     raise ValueError(f"{checkpoint} holds no average {name}")
