@@ -294,6 +294,8 @@ def guided_velocity(
     """
     if not isinstance(cfg, Tensor) and cfg == 1:
         return model(x, t, text)
+    if isinstance(cfg, Tensor) and cfg.ndim not in (0, x.ndim):
+        raise ValueError(f"cfg has shape {tuple(cfg.shape)}, must be (B, 1, ...) to meet x")
     if null_text is None:
         raise ValueError(f"cfg = {cfg} needs null_text, the encoded empty caption")
     both = torch.cat([text, null_text.expand_as(text)])  # (2B, ...)
@@ -370,12 +372,16 @@ def integrate(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r} must be one of {', '.join(SOLVERS)}")
+    if not 0 <= cfg_below <= 1:
+        raise ValueError(f"cfg_below = {cfg_below} must lie in [0, 1]")
     step, dtype = SOLVERS[solver], torch.promote_types(x.dtype, torch.float32)
 
     def v(x: Tensor, t: float) -> Tensor:
         times = torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
         strength = cfg if t <= cfg_below else 1.0
-        return guided_velocity(model, x, times, text, null_text, strength).to(dtype)
+        velocity = guided_velocity(model, x, times, text, null_text, strength).to(dtype)
+        _same_shape(x, velocity)
+        return velocity
 
     x = x.to(dtype)
     trajectory = [x]

@@ -36,10 +36,10 @@ from torch import Tensor
 import rf
 from common import pictures
 from common.auraflow import check, save_diffusers, save_pipeline
-from common.log import append_row, write_rows
+from common.log import write_rows
 from common.pipeline import Pipeline, Sampling
 from common.settings import Parted, option, parse
-from common.start import MARK, claim, owned, program, read_lines, write_whole
+from common.start import MARK, claim, owned, program, read_lines, write_all, write_whole
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
@@ -137,16 +137,12 @@ class Graphed:
 # ------------------------------------------------------------------------------------------------
 
 
-def begin_folder(folder: Path, metadata: bytes, part: bool):
-    """Its metadata.jsonl, without pictures of another command. A part deletes none: ValueError."""
+def of_others(folder: Path, metadata: bytes) -> list[Path]:
+    """The pictures in the folder, if they are those of another command."""
     file = folder / "metadata.jsonl"
-    older = [f for f in folder.iterdir() if re.fullmatch(r"\d{5,}-\d{4,}\.png", f.name)]
-    if older and not (file.exists() and file.read_bytes() == metadata):
-        if part:
-            raise ValueError(f"{folder} holds pictures of another command: choose another --out")
-        for picture in older:
-            picture.unlink()
-    write_whole(file, metadata)
+    if file.exists() and file.read_bytes() == metadata:
+        return []
+    return [f for f in folder.iterdir() if re.fullmatch(r"\d{5,}-\d{4,}\.png", f.name)]
 
 
 def paint(pipeline: Pipeline, captions: list[str], args: Settings):
@@ -174,13 +170,22 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
         raise ValueError(f"--gif: {len(each)} pictures of {h}x{w} are too many for one: drop it")
     pipeline.text.prepare(captions)  # an unknown word shows before a folder is made
     with owned(args.folder, *OWNER, shared=part):
-        if part:
-            begin_folder(args.folder, metadata, part)  # a refusal, before hours of drawing
+        if part and of_others(args.folder, metadata):  # a refusal, before hours of drawing
+            raise ValueError(
+                f"{args.folder} holds pictures of another command: choose another --out"
+            )
+        if part:  # so that the other parts see whose pictures these are
+            write_whole(args.folder / "metadata.jsonl", metadata)
         frames = pipeline.draw(each, noise, progress=True, trajectory=args.gif, **args.how())
-        begin_folder(args.folder, metadata, part)
         final = frames[-1] if args.gif else frames
-        for row, picture in zip(rows, final, strict=True):
-            pictures.strip(picture[None], args.folder / row["file_name"])
+        drawn = {
+            args.folder / row["file_name"]: pictures.encoded(pictures.beside(picture[None]))
+            for row, picture in zip(rows, final, strict=True)
+        }
+        older = of_others(args.folder, metadata)
+        write_all(drawn | {args.folder / "metadata.jsonl": metadata})
+        for file in {*older} - drawn.keys():
+            file.unlink()
     print(f"wrote {args.folder}")
     if args.gif:
         pictures.film(frames, args.images, args.out.with_suffix(".gif"))
@@ -220,9 +225,7 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
             for tag, value in found.items():
                 print(f"  {tag:14} {value:.3f}")
     table = args.out.with_suffix(".csv")
-    write_rows(table, [])
-    for row in rows:
-        append_row(table, row)
+    write_rows(table, rows)
     beside = [f"{row['run']}, {row['steps']}" for row in rows]
     pictures.sheet(torch.cat(shown), len(TAGS), args.out, captions[:: args.per_tag], beside)
 
@@ -277,10 +280,9 @@ def main(argv: list[str] | None = None):
         each.model = Graphed(each.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     beside = args.out.with_suffix(".csv" if args.score else ".gif")
-    if (args.score or args.gif) and beside.exists():
-        ours = not args.score or beside.read_bytes().startswith(b"run,steps,")
-        if not ours or not args.out.exists():
-            raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
+    sign = b"run,steps," if args.score else pictures.SIGN
+    if (args.score or args.gif) and beside.exists() and sign not in beside.read_bytes():
+        raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
         score(pipelines, args)
         print(f"wrote {args.out}")

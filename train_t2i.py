@@ -42,15 +42,15 @@ leaves "auto" comes from the command line.
 import atexit
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -67,6 +67,7 @@ import rf
 from common import pictures
 from common.evaluate import COLUMNS, Judge, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
+from common.memory import USABLE, bucket_size, largest_pass
 from common.muon import use_muon
 from common.pipeline import (
     RUN_FILE,
@@ -74,6 +75,7 @@ from common.pipeline import (
     checkpoints,
     drop_export,
     load_shard,
+    mark_of,
     open_checkpoint,
     rank_of,
     read_record,
@@ -115,18 +117,17 @@ EMA_WIDTHS = (0.05, 0.10)
 # others are for GPUs, with all shapes and colours; they were chosen by reasoning and have not run.
 RECIPE = (
     "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
-    "cooldown_samples", "eval_every_samples", "save_every_samples", "most_at_once",
+    "cooldown_samples", "eval_every_samples", "save_every_samples",
 )  # fmt: skip
 RECIPES = {
-    # In each row the first four values describe the world of shapes; the last limits the
-    # micro-batch if it is chosen automatically.
-    "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
-    "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200, 64),
-    "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000, 256),
-    "0.2b": (64, 6, 10, 64, 512, 10_240_000, 102_400, 2_048_000, 512_000, 512_000, 64),
-    "1b": (64, 6, 10, 64, 1024, 51_200_000, 512_000, 10_240_000, 2_048_000, 1_024_000, 32),
+    # In each row the first four values describe the world of shapes.
+    "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200),
+    "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200),
+    "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000),
+    "0.2b": (64, 6, 10, 64, 512, 10_240_000, 102_400, 2_048_000, 512_000, 512_000),
+    "1b": (64, 6, 10, 64, 1024, 51_200_000, 512_000, 10_240_000, 2_048_000, 1_024_000),
     "auraflow-6.8b": (
-        64, 6, 10, 64, 2048, 102_400_000, 2_048_000, 20_480_000, 4_096_000, 1_024_000, 8,
+        64, 6, 10, 64, 2048, 102_400_000, 2_048_000, 20_480_000, 4_096_000, 1_024_000,
     ),
 }  # fmt: skip
 RECIPES = {name: dict(zip(RECIPE, row, strict=True)) for name, row in RECIPES.items()}
@@ -173,6 +174,13 @@ class Settings(DataOptions):
         "auto", "the blocks: on, off, auto (with GPUs)", choices=("auto", "on", "off"), local=True
     )
     precision: str = option("auto", "bf16, fp32", choices=("auto", "bf16", "fp32"))
+    # A network or picture that does not fit, or a larger pass. It costs about a third more time.
+    recompute: str = option(
+        "none",
+        "blocks: keep little for the backward pass and run them again there",
+        choices=("none", "blocks"),
+        local=True,
+    )
 
     # Training. batch_size changes the result, micro_batch only memory and speed. lr holds at every
     # width (muP): it was searched with tiny. shift 2 was best on shapes: near the noise the network
@@ -180,8 +188,7 @@ class Settings(DataOptions):
     samples: int = option(832_000, "to train on in all", least=1, group="training")
     batch_size: int = option(64, "samples a step, of all ranks together", least=1, most=2**20)
     # A larger pass uses a GPU better until its memory is full; the steps stay the same.
-    micro_batch: int | None = option(None, "samples a pass of one rank", least=1)
-    most_at_once: int = option(64, "limit of an automatic micro-batch", least=1)
+    micro_batch: int | None = option(None, "samples a pass of one rank (what fits)", least=1)
     # AdamW and Muon share the weights: Muon takes the matrices in the blocks (common/muon.py). The
     # rates mean different things: AdamW's is how far an entry moves in a step, Muon's how far an
     # output of a matrix moves. One schedule scales both.
@@ -390,8 +397,8 @@ def _leave_signals_to_the_trainer(worker: int):
 # DeepSpeed's default every rank receives the whole mean gradient and takes its own part of it. With
 # "use_multi_rank_bucket_allreduce": false in ds_config.json each part goes to its owner alone, that
 # is half the bytes: a quarter less than plain data parallelism. The file also switches off a timer
-# of DeepSpeed that would wait for the GPU twice in every pass. tools/plan.py counts memory and
-# traffic for any number of GPUs and passes.
+# of DeepSpeed that would wait for the GPU twice in every pass. common/memory.py counts memory,
+# tools/plan.py traffic, for any number of GPUs and passes.
 
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -433,8 +440,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
         )
     if sys.platform == "darwin":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # ZeRO's collectives do not run on MPS
-    import deepspeed  # slow imports: only when the options have been read
-    from torch.utils.cpp_extension import get_default_build_root
+    import deepspeed  # a slow import: only when the options have been read
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked worker complains
@@ -443,14 +449,6 @@ def start_ranks(threads: int | None = None) -> Ranks:
     local = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     begin(device)
-    # A process that was killed while it compiled DeepSpeed's operator leaves a lock, and whoever
-    # needs the operator then waits for ever, without a word.
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    for lock in Path(extensions).glob("**/deepspeed_shm_comm/lock"):
-        if time.time() - lock.stat().st_mtime > 600:
-            raise ValueError(
-                f"{lock} was left by a killed process, all would wait for it: delete it"
-            )
     # DeepSpeed ends a save with a barrier on the GPUs, in which all wait for the slowest disk: its
     # own limit of ten minutes would end a run with a large checkpoint.
     deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
@@ -473,6 +471,20 @@ def local_device() -> torch.device:
     return torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
 
 
+def room(device: torch.device, ranks: Ranks) -> float:
+    """Bytes that a run may take: of a GPU, or of a rank's share of its machine's memory.
+
+    The least of all ranks, or they would take different passes. Called before the network is on the
+    device: what lies there now is text encoder and VAE. All memory counts, not what happens to be
+    free, so that a run and its resume on the same machines take the same passes.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    here = get_accelerator()
+    sharing = max(1, told("LOCAL_WORLD_SIZE", "LOCAL_SIZE")) if device.type == "cpu" else 1
+    return min(ranks.gather(USABLE * here.total_memory() / sharing - here.memory_allocated()))
+
+
 def native_bf16(device: torch.device) -> bool:
     """Whether bf16 is the fast precision: on accelerators that have it, and CPUs with AMX tiles.
 
@@ -483,12 +495,14 @@ def native_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def read_ds_config(settings: Settings, ranks: int) -> dict:
+def read_ds_config(settings: Settings, ranks: int, fits: Callable) -> dict:
     """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings.
 
     A value that stands in the file and on the command line could differ, and DeepSpeed would use
     the file's. So the file says "auto" for what the command line knows; a number in place of "auto"
     must equal the command line's.
+
+    fits: this file, a rank's share of a batch → the largest pass that fits, without --micro-batch.
     """
     file = settings.ds_config
     try:
@@ -503,18 +517,15 @@ def read_ds_config(settings: Settings, ranks: int) -> dict:
     # Round-robin gradients lay a group's row in another order than load_checkpoint and Muon know.
     zero = config["zero_optimization"]
     if zero.get("stage") not in (1, 2):
-        raise ValueError(
-            f'{file}: "stage" {zero.get("stage")!r} must be 2 (or 1): part 3 of train_t2i.py'
-        )
-    refused = dict.fromkeys(("offload_optimizer", "cpu_offload", "round_robin_gradients"), zero)
+        raise ValueError(f'{file}: "stage" {zero.get("stage")!r} must be 1 or 2: see docs/gpu.md')
+    # With an elastic checkpoint the shards would have another form.
+    refused = ("offload_optimizer", "cpu_offload", "round_robin_gradients", "elastic_checkpoint")
+    refused = dict.fromkeys(refused, zero)
     for key, holder in (refused | dict.fromkeys(("fp16", "torch_autocast"), config)).items():
         if holder.get(key, False) is not False:
             raise ValueError(f'{file}: "{key}" is not supported here: take it out')
-    batch, micro = settings.batch_size, settings.micro_batch
-    if micro is None:  # the largest pass that divides a rank's share
-        share = max(1, batch // ranks)
-        most = min(share, settings.most_at_once)
-        micro = max(m for m in range(1, most + 1) if share % m == 0)
+    batch = settings.batch_size
+    micro = settings.micro_batch or fits(config, max(1, batch // ranks))
     # DeepSpeed's rule: batch = micro-batch · ranks · passes.
     passes, rest = divmod(batch, micro * ranks)
     if rest or not passes:
@@ -678,13 +689,22 @@ class Run:
         torch.manual_seed(settings.seed)  # no step draws from global state
         sizes = {"channels": rows.latent_channels, "text_dim": rows.text.dim, "sides": list(sides)}
         model = MMDiT(fitted(settings.preset, **sizes, residual=settings.residual))
-        self.config = model.config
+        model.recompute, self.config = settings.recompute == "blocks", model.config
+        largest = max(sides, key=math.prod)
+
+        def fits(ds, share):
+            free = room(device, ranks)
+            return largest_pass(free, share, self.config, settings, ranks.count, largest, ds)
+
+        config = read_ds_config(settings, ranks.count, fits)
+        bucket = bucket_size(config, model.n_parameters())
+        config["zero_optimization"]["reduce_bucket_size"] = bucket
         if settings.init and record is None:
             older = Pipeline.open(settings.init)
             model.start_from(older.model, settings.size / older.facts["size"])
         model.to(device)
         # Average FLOPs of a sample over all shapes of images, for the MFU (model FLOPs
-        # utilisation).
+        # utilisation): what --recompute computes a second time does not count.
         tokens = settings.text_tokens
         self.flops = sum(
             share * model.flops_per_image(h, w, tokens) for (h, w), share in sides.items()
@@ -702,7 +722,6 @@ class Run:
         rf.keep_averages(self.adamw, EMA_WIDTHS)
         # DeepSpeed takes model and optimizer over: it casts the weights to the precision, makes
         # fp32 shards of them, and puts those into the optimizer's groups.
-        config = read_ds_config(settings, ranks.count)
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=self.adamw, config=config, dist_init_required=False
@@ -841,13 +860,7 @@ class Run:
         self.log.flush()  # or a resumed run would not know the losses since the last row
         # Of these, a sampler reads facts, model, widths and step; a resume reads step and the rest.
         facts = run_facts(self.settings, self.rows, self.config, self.seen)
-        # The mark goes into run.json and into each shard: files of two checkpoints never mix.
-        known = json.dumps([self.settings.saved(), asdict(self.config), self.rows.id, self.seen])
-        mark = f"{zlib.crc32(known.encode()):08x}"
-        for group in self.adamw.param_groups:
-            group["mark"] = mark
         record = {
-            "mark": mark,
             "samples": self.seen,
             "step": self.step,
             "world_size": self.ranks.count,
@@ -859,6 +872,10 @@ class Run:
             "log": self.log.rows,
             "evals": self.evals,
         }
+        # It goes into each file, with the rank: files of two checkpoints never mix.
+        record["mark"] = self.ranks.gather(mark_of(record))[0]
+        for group in self.adamw.param_groups:
+            group["mark"] = f"{record['mark']} {self.ranks.rank}"
         write_checkpoint(
             self.engine, self.settings.out / "checkpoints", record, self.settings.keep, self.ranks
         )
@@ -929,7 +946,8 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
         partial.mkdir(parents=True)
     dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
     try:
-        engine.save_checkpoint(str(folder), tag=PARTIAL, save_latest=False)
+        marked = {"mark": record["mark"]}
+        engine.save_checkpoint(str(folder), tag=PARTIAL, client_state=marked, save_latest=False)
         if first:
             (partial / RUN_FILE).write_text(json.dumps(record))
         # On the disk before the name changes. Each rank its own: on a network's file system nobody
@@ -983,9 +1001,11 @@ def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
     so it reads little more than that. ValueError if the checkpoint is damaged.
     """
     try:
-        loaded, _ = engine.load_checkpoint(
+        loaded, client = engine.load_checkpoint(
             str(path.parent), tag=path.name, load_optimizer_states=False
         )
+        if loaded is None or client.get("mark") != mark:  # DeepSpeed only warns of the first
+            raise ValueError(f"mp_rank_* is not of the {RUN_FILE} beside it")
         files = sorted(path.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of)
         saved = [load_shard(file, checked=False)["optimizer_state_dict"] for file in files]
         for file, each in zip(files, saved, strict=True):
@@ -1005,8 +1025,6 @@ def load_checkpoint(engine, adamw, path: Path, mark: str, ranks: Ranks):
         raise ValueError(
             f"{path} is damaged ({line_of(error)}): move it away, and --resume takes the one before"
         ) from error
-    if loaded is None:  # DeepSpeed only warns if it finds nothing
-        raise ValueError(f"{path} could not be loaded by DeepSpeed: move it away, and resume")
     engine.optimizer.update_lp_params()  # fp32 shards → the network's weights, on every rank
 
 

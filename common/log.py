@@ -7,6 +7,7 @@ the bar    loss, gradient norm, images/s, TFLOP/s, MFU, time left
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.settings import Checked, Natural, rule
+from common.start import write_whole
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
@@ -109,11 +111,16 @@ def finite_mean(values: Tensor) -> float:
 
 
 def write_rows(path: Path | None, rows: list[dict]):
-    """A CSV of these rows alone: what a resumed run begins with. None: not on this rank."""
-    if path is not None:
+    """A CSV of these rows alone, whole or not at all; without rows no file. None: not on this
+    rank."""
+    if path is not None and not rows:
         path.unlink(missing_ok=True)
-        for row in rows:
-            append_row(path, row)
+    elif path is not None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, text.getvalue().encode())
 
 
 def append_row(path: Path | None, row: dict):

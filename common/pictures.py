@@ -26,13 +26,17 @@ matplotlib.use("Agg")
 
 
 GIF_SIDE = 2**16 - 1  # pixels: the format has no room for more
+SIGN = b"drawn by a rectified flow"  # in every file: what lacks it is the user's
 
 
-def whole(picture, path: Path, **how):
-    """Write an image of PIL, whole or not at all."""
-    content = BytesIO()
-    picture.save(content, **how)
-    write_whole(path, content.getbuffer())
+def encoded(picture, **how) -> memoryview:
+    """An image of PIL as the bytes of a PNG, or as `how` says."""
+    from PIL.PngImagePlugin import PngInfo
+
+    signed, content = PngInfo(), BytesIO()
+    signed.add_text("Comment", SIGN.decode())
+    picture.save(content, **{"format": "PNG", "pnginfo": signed, "comment": SIGN} | how)
+    return content.getbuffer()
 
 
 def save_figure(figure, path: Path, **how):
@@ -40,7 +44,7 @@ def save_figure(figure, path: Path, **how):
     import matplotlib.pyplot as plt
 
     content = BytesIO()
-    figure.savefig(content, format="png", **how)
+    figure.savefig(content, format="png", metadata={"Comment": SIGN.decode()}, **how)
     plt.close(figure)
     write_whole(path, content.getbuffer())
 
@@ -49,6 +53,8 @@ def png_path(path: Path, option: str = "--out"):
     """ValueError unless a PNG can be written there: to be asked before hours of drawing."""
     if path.suffix.lower() != ".png" or path.is_dir():
         raise ValueError(f"{option} {path} must be the name of a .png file")
+    if path.exists() and SIGN not in path.read_bytes():
+        raise ValueError(f"{option} {path} is there and was not drawn here: choose another")
     if (
         path.stem in ("samples", "progress", "curves", "log", "eval")
         and path.with_name(MARK).exists()
@@ -107,12 +113,17 @@ def classes(pictures: Tensor, names: list[str], path: Path):
     sheet(pictures, len(names), path, names, inches=0.8, wrap=12)
 
 
-def strip(pictures: Tensor, path: Path):
-    """A PNG of B pictures side by side, without a gap."""
+def beside(pictures: Tensor):
+    """An image of PIL: B pictures side by side, without a gap."""
     from PIL import Image
 
+    return Image.fromarray(grid(pictures, len(pictures), gap=0))
+
+
+def strip(pictures: Tensor, path: Path):
+    """A PNG of B pictures side by side."""
     path.parent.mkdir(exist_ok=True)
-    whole(Image.fromarray(grid(pictures, len(pictures), gap=0)), path, format="PNG")
+    write_whole(path, encoded(beside(pictures)))
 
 
 def read_png(path: Path) -> Tensor:
@@ -152,7 +163,7 @@ def film(frames: Tensor, columns: int, path: Path):
     ]
     durations = [120] * (len(images) - 1) + [2000]  # milliseconds
     how = {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
-    whole(images[0], path, format="GIF", **how)
+    write_whole(path, encoded(images[0], format="GIF", **how))
 
 
 def curves(log: list[dict], evals: list[dict], path: Path):

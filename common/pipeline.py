@@ -11,6 +11,7 @@ Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -408,8 +409,9 @@ def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str,
     for file in sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=rank_of):
         saved = load_shard(file)["optimizer_state_dict"]
         same_checkpoint(file, saved, mark)
-        states = saved["base_optimizer_state"]["state"].values()  # of each group's row
-        for state, places in zip(states, saved["param_slice_mappings"], strict=True):
+        states = saved["base_optimizer_state"]["state"]  # of each group's row, in any order
+        for i, places in enumerate(saved["param_slice_mappings"]):
+            state = states[i]
             for name in names:
                 if name not in state:
                     raise ValueError(f"{checkpoint} holds no average {name}")
@@ -428,12 +430,21 @@ def read_record(checkpoint: Path) -> dict:
     record = read_json(checkpoint / RUN_FILE, Record)
     if checkpoint.name.isdecimal() and int(checkpoint.name) != record["samples"]:
         raise ValueError(f"{checkpoint} holds the {RUN_FILE} of {record['samples']} samples")
+    if record["mark"] != mark_of(record):
+        raise ValueError(f"{checkpoint}/{RUN_FILE} has been changed")
     return record
 
 
+def mark_of(record: dict) -> str:
+    """A checksum of run.json."""
+    known = json.dumps({key: value for key, value in record.items() if key != "mark"})
+    return f"{zlib.crc32(known.encode()):08x}"
+
+
 def same_checkpoint(file: Path, saved: dict, mark: str):
-    """ValueError unless a shard was written together with its run.json."""
-    if saved["base_optimizer_state"]["param_groups"][0].get("mark") != mark:
+    """ValueError unless a shard was written together with its run.json, and by this rank."""
+    written = saved["base_optimizer_state"]["param_groups"][0].get("mark")
+    if written != f"{mark} {rank_of(file)}":
         raise ValueError(f"{file} is of another checkpoint than the {RUN_FILE} beside it")
 
 

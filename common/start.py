@@ -62,20 +62,28 @@ def begin(device: torch.device):
 
 
 def write_whole(path: Path, content: bytes | memoryview):
-    """The file appears complete or not at all, also when the disk is full or the process dies.
+    """The file appears complete or not at all, also when the disk is full or the process dies."""
+    write_all({path: content})
+
+
+def write_all(contents: dict[Path, bytes | memoryview]):
+    """Files that belong together: as write_whole, and if one cannot be written, none is replaced.
 
     A rename replaces a name in one operation; fsync first, since a file system may otherwise write
     the name before the content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, file in temporary.items():
+            os.replace(file, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
@@ -197,7 +205,9 @@ def move_away(folder: Path, program: str):
     old = folder.with_name(f"{folder.name}.old")
     claim(old, program)
     with owned(folder, program):  # or it is in use
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            with owned(old, program, "the older run in"):
+                shutil.rmtree(old)
         os.replace(folder, old)
 
 

@@ -22,11 +22,13 @@ import rf
 from common.muon import use_muon
 from common.pictures import save_figure
 from common.settings import Options, option, parse
-from common.start import program
+from common.start import claim, mark, program, write_whole
 from inputs.digits import glyphs
 from inputs.encoders import Words, to_unit
 from mmdit import PRESETS, RESIDUALS, DoubleBlock, Linear, MMDiT, MMDiTConfig, SingleBlock
 from train_mnist import BETAS, CLIP, EPS
+
+NAME = "experiments.coordinate_check"
 
 WIDTHS = (64, 128, 256, 512)
 PARAMETRIZATIONS = ("standard", "mup", "muon")  # muon: mup, with Muon for the hidden matrices
@@ -114,17 +116,19 @@ class Settings(Options):
     out: Path = option(Path("runs/coordinate_check"), "folder for CSV and PNG")
 
 
-@program("experiments.coordinate_check")
+@program(NAME)
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, NAME)
     table = pd.DataFrame(
         {"parametrization": name, "width": width} | row
         for name, width, seed in product(PARAMETRIZATIONS, WIDTHS, range(SEEDS))
         for row in measure(shape(width, args.residual, args.double), name, args.lr, seed)
     )
     sizes = table.pivot_table("mean_abs", "width", ["parametrization", "step", "activation"])
-    sizes.unstack().to_csv(args.out / "coordinate_check.csv", header=["mean_abs"])
+    mark(args.out, NAME)
+    written = sizes.unstack().to_csv(header=["mean_abs"])
+    write_whole(args.out / "coordinate_check.csv", written.encode())
     for name, step in product(PARAMETRIZATIONS, STEPS):
         each = slopes(sizes[name, step])
         worst = each.abs().idxmax()

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -36,6 +36,7 @@ from common.settings import option, parse
 from common.start import program, write_whole
 from inputs.digits import ImageSet, fingerprint, load_images
 from inputs.encoders import to_unit
+from mmdit import checksum
 
 STEPS = (1, 2, 4, 8, 16, 32)
 UNSEEN = 5000  # training images that the CNN never sees: the "real" row comes from them
@@ -63,7 +64,11 @@ def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int
     path = cache / f"{dataset.source}-{fingerprint(dataset)}.safetensors"
     if path.exists():
         try:
-            reader.load_state_dict(load_file(path, device=str(device)))
+            tensors = load_file(path, device=str(device))
+            reader.load_state_dict(tensors)
+            with safe_open(path, "pt") as file:
+                if file.metadata() != {"checksum": f"{checksum(tensors)}"}:
+                    raise RuntimeError("its weights have changed")
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"the reader {path} is damaged: delete it") from error
         return reader.eval()
@@ -80,7 +85,8 @@ def reader_for(dataset: ImageSet, seen: Tensor, cache: Path, device, epochs: int
             optimizer.zero_grad()
             schedule.step()
     cache.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save(reader.state_dict()))
+    tensors = reader.state_dict()
+    write_whole(path, save(tensors, {"checksum": f"{checksum(tensors)}"}))
     return reader.eval()
 
 
@@ -172,7 +178,7 @@ def main(argv: list[str] | None = None):
     table["frechet_ratio"] = table.frechet / judge.real[1]
     print(table.to_string(index=False, float_format="{:.3f}".format))
     if not args.quick:
-        table.to_csv(Path(args.run) / "digit_score.csv", index=False)
+        write_whole(Path(args.run) / "digit_score.csv", table.to_csv(index=False).encode())
         plot(table, Path(args.run) / "digit_score.png")
         print(f"wrote {args.run}/digit_score.csv and digit_score.png")
 

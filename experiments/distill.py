@@ -32,7 +32,7 @@ import train_mnist
 from common.log import Log
 from common.pipeline import Pipeline, settle_run
 from common.settings import Options, changes, option, parse
-from common.start import begin, choose_device, claim, owned, program
+from common.start import begin, choose_device, claim, owned, program, write_whole
 from inputs.rows import Rows
 
 NAME = "experiments.distill"
@@ -119,8 +119,11 @@ def main(argv: list[str] | None = None):
     checkpoint, state = out / "checkpoint.pt", {}
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"--out {out} holds a student: go on with --resume, or choose another")
+    of = out / "teacher.txt"
     if checkpoint.exists():
         state = train_mnist.load(checkpoint, device)
+        if not of.exists() or of.read_text() != teacher.origin:
+            raise ValueError(f"--out {out} learns from another teacher than {teacher.origin}")
     keys = ("steps", "batch_size", "lr", "muon_lr", "seed")  # a resume changes what was typed
     typed = {key: getattr(args, key) for key in keys if key in given or not state}
     typed |= {key: facts[key] for key in ("shapes", "colors", "places", "shift")}
@@ -136,6 +139,7 @@ def main(argv: list[str] | None = None):
     model, adamw = train_mnist.build(settings, rows, state, device)
     step = partial(distill_step, teacher, args.pieces)
     with owned(out, NAME):
+        write_whole(of, teacher.origin.encode())
         log = Log(out / "log.csv", train_mnist.LOG_EVERY)
         log.rows, log.changed = list(state.get("log", [])), changes(saved, settings)
         log.begin()

@@ -29,9 +29,11 @@ import rf
 from common import pictures
 from common.pipeline import Pipeline
 from common.settings import Options, option, parse
-from common.start import begin, choose_device, program
+from common.start import begin, choose_device, claim, mark, program, write_whole
 from inputs.digits import load_images
 from inputs.shapes import COLORS, Shapes, World
+
+NAME = "experiments.edit"
 
 EVALUATIONS = (10, 20, 40, 80, 160)  # of the model, one way; even, for the solvers that take two
 SHOWN = 10
@@ -102,10 +104,11 @@ class Settings(Options):
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
-@program("experiments.edit")
+@program(NAME)
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
     device, out = choose_device(args.device), args.run / "edit"
+    claim(out, NAME, "the folder")
     begin(device)
     pipeline = Pipeline.open(args.run, device)
     model, facts = pipeline.model, pipeline.facts
@@ -119,8 +122,8 @@ def main(argv: list[str] | None = None):
     data, text = pipeline.image.encode(torch.stack(real).to(device)), pipeline.features(words)
     table = errors(model, data, text, facts["shift"])
     print(table.to_string(index=False))
-    out.mkdir(exist_ok=True)
-    table.to_csv(out / "edit.csv", index=False)
+    mark(out, NAME)
+    write_whole(out / "edit.csv", table.to_csv(index=False).encode())
     plot(table, out / "edit.png")
 
     data, text, words, edited = (x[:SHOWN] for x in (data, text, words, edited))

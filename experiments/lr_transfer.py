@@ -132,8 +132,11 @@ def train(config: MMDiTConfig, data: Data, parametrization: str = "mup", **how) 
 def remembered(path: Path, key: dict, config: MMDiTConfig, data: Data) -> dict:
     """key and its "loss": from the CSV if it is there, else trained as key says, and appended."""
     wanted = {name: str(value) for name, value in key.items()}
-    for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
-        if wanted.items() <= row.items():
+    kept = path.read_text() if path.exists() else ""
+    if kept and not kept.endswith("\n"):
+        raise ValueError(f"{path} is cut: move it away")
+    for row in csv.DictReader(kept.splitlines()):
+        if wanted.items() <= row.items() and row["loss"]:
             return key | {"loss": float(row["loss"])}
     how = {name: key[name] for name in ("parametrization", "lr", "steps", "seed") if name in key}
     row = key | {"loss": train(config, data, **how)}

@@ -26,8 +26,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import rf
+from common.pictures import save_figure
 from common.settings import Options, option, parse
-from common.start import program
+from common.start import claim, mark, program, write_whole
+
+NAME = "experiments.toy2d"
 
 STEPS = 50  # of the Euler walks that are called "many steps"
 BATCH = 512
@@ -259,7 +262,7 @@ def show(args, name: str, models: dict, start: Tensor, data: Tensor):
         step.scatter(*rf.sample(model, start, start, steps=1).T, s=1, color="C1")
         panel(square, f"{flow} rectified flow", walk, reach)
         moving.append((square.scatter(*walk[0].T, s=2, color="C0"), walk))
-    still.savefig(args.out / f"{name}.png", dpi=100)
+    save_figure(still, args.out / f"{name}.png", dpi=100)
     label, writer = film.supxlabel(""), PillowWriter(fps=8)
     with writer.saving(film, args.out / f"{name}.gif", dpi=80):
         for frame in range(0, STEPS + 1, 2):
@@ -285,11 +288,12 @@ class Settings(Options):
     out: Path = option(Path("runs/toy2d"), "folder")
 
 
-@program("experiments.toy2d")
+@program(NAME)
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, NAME)
     rows = []
+    mark(args.out, NAME)
     for name in args.sets:
         models = flows(args, name)
         start = draw(args.source, POINTS, args.seed, f"measure {name}")
@@ -298,7 +302,7 @@ def main(argv: list[str] | None = None):
         show(args, name, models, start, data)
     table = pd.DataFrame(rows, columns=COLUMNS)
     print(table.to_string(index=False, na_rep="", float_format="{:.4f}".format))
-    table.to_csv(args.out / "toy2d.csv", index=False)
+    write_whole(args.out / "toy2d.csv", table.to_csv(index=False).encode())
     print(f"wrote {args.out}")
 
 

@@ -584,11 +584,11 @@ def waits(seen: dict) -> Iterator[Check]:
 def memory(seen: dict, batch: int) -> Iterator[Check]:
     from tools import plan
 
-    zero = json.loads((ROOT / "ds_config.json").read_text())["zero_optimization"]
+    ds = json.loads((ROOT / "ds_config.json").read_text())
     wanted = plan.Settings(
         preset="small", gpus=1, micro_batch=batch, batch_size=batch, text_tokens=12, vae="pixels"
     )
-    planned = plan.plan(seen["config"], wanted, zero)[1]["in all"]
+    planned = plan.plan(seen["config"], wanted, ds)[1]["in all"]
     ratio = seen["peak"] / planned
     yield holds("D5 memory over the plan's", 0.75 <= ratio <= 1.1, f"{ratio:.3f}")
 

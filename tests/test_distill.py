@@ -1,5 +1,7 @@
 """The target against a path followed by hand, and a student from its teacher to its pictures."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import DIGITS, call, close, exported, refused
@@ -127,5 +129,8 @@ def test_what_cannot_be_distilled(teacher, student, tmp_path, capsys):
     assert "--pieces 4 must divide" in refused(distill.main, capsys, teacher, *HOW, "--pieces", 4)
     line = refused(distill.main, capsys, teacher, *HOW, "--pieces", 2, "--out", student)
     assert "holds a student: go on with --resume" in line
+    other = shutil.copytree(teacher, tmp_path / "other")
+    line = refused(distill.main, capsys, other, *HOW, "--pieces", 2, "--out", student, "--resume")
+    assert "learns from another teacher" in line
     line = refused(distill.main, capsys, tmp_path / "none", *HOW)
     assert "holds no" in line or "no run" in line

@@ -23,6 +23,7 @@ common.muon
 common.cpu
 common.start
 common.settings
+common.memory
 common.log
 common.pictures
 inputs.digits

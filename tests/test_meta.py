@@ -78,7 +78,7 @@ def chapter_2(data=("shapes",), **typed):
             return norm
 
     found.null_text = None  # it is kept on the device of its first use
-    run = SimpleNamespace(settings=settings, rows=found, engine=Engine(), seen=0)
+    run = SimpleNamespace(settings=settings, rows=found, engine=Engine(), adamw=adamw, seen=0)
     run.log = log.Log(None, 100)
 
     def step(number: int = 0):

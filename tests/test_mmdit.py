@@ -170,6 +170,44 @@ def test_position_sines_tell_every_cell_apart():
     close(table.square().mean(), torch.tensor(0.5))
 
 
+# --- blocks that run again in the backward pass --------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_recomputed_blocks_give_the_same_bits(backend):
+    """Values and gradients, compiled (fullgraph) or not; all blocks but the last run twice."""
+    torch._dynamo.reset()
+    model, runs = awake(MIXES["2 + 3"]), []
+    if backend:
+        model.compile_blocks(backend=backend)
+    else:
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.register_forward_pre_hook(lambda block, _: runs.append(block))
+
+    def trained():
+        model.zero_grad()
+        out = model(*inputs())
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad for p in model.parameters())]
+
+    plain, before = trained(), len(runs)
+    model.recompute = True
+    close(trained(), plain, atol=0, rtol=0)
+    if not backend:
+        blocks = [*model.double_blocks, *model.single_blocks]
+        assert runs[before:] == blocks + blocks[-2::-1]
+        with torch.no_grad():
+            model(*inputs())
+        assert len(runs) == before + 9 + 5
+
+
+def test_recomputation_is_not_part_of_the_network():
+    model = awake(SMALL)
+    keys = list(model.state_dict())
+    model.recompute = True
+    assert list(model.state_dict()) == keys and model.config == SMALL
+
+
 # --- muP -----------------------------------------------------------------------------------------
 
 ROLES = {  # the first that a name holds

@@ -1,5 +1,6 @@
 """train_t2i.py over several processes: the same run on any number of ranks, and after any kill."""
 
+import json
 import os
 import shutil
 import signal
@@ -146,6 +147,54 @@ def test_a_killed_rank(whole, tmp_path):
     script = [sys.executable, out / "checkpoints" / "zero_to_fp32.py", out / "checkpoints"]
     subprocess.run([*script, tmp_path, "--safe_serialization"], env=CPU, check=True)
     Pipeline.open(out).model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+SHORT = [*OPTIONS, "--samples", 20 * BATCH, "--save-every-samples", 10 * BATCH]
+SHORT += ["--micro-batch", 2, "--precision", "bf16"]
+
+
+def written(path, **changes):
+    """Our ds_config.json with changes; `zero` of them in its section."""
+    config = json.loads(train_t2i.Settings.ds_config.read_text())
+    config["zero_optimization"] |= changes.pop("zero", {})
+    path.write_text(json.dumps(config | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Two ranks, two passes a step, bf16, and ds_config.json as it stands."""
+    return run_short(tmp_path_factory.mktemp("short"))
+
+
+def run_short(folder, **changes):
+    out, config = folder / "run", written(folder / "ds.json", **changes)
+    run(out, *SHORT, "--ds-config", config)
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero": {"stage": 1}},
+        {"zero": {"overlap_comm": True}, "communication_data_type": "bf16"},
+    ],
+    ids=["stage 1", "overlap, bf16"],
+)
+def test_the_choices_of_ds_config(short, tmp_path, changes):
+    """docs/gpu.md says when to take which: the same run up to rounding, and a resume is exact."""
+    out = run_short(tmp_path, **changes)
+    for name in ("log.csv", "eval.csv"):
+        found, expected = losses(out / name), losses(short / name)
+        assert list(found.values()) == pytest.approx(list(expected.values()), abs=5e-3)
+    assert found != expected
+    average, expected = (read_averages(newest(x), NAMES[:1])[NAMES[0]] for x in (out, short))
+    apart = sum((x - expected[name]).square().sum() for name, x in average.items())
+    assert apart < 0.15**2 * sum(x.square().sum() for x in expected.values())
+    cut = shutil.copytree(out, tmp_path / "cut")
+    shutil.rmtree(newest(cut))
+    run(cut, "--resume", "--threads", 1, "--ds-config", tmp_path / "ds.json")
+    same_bytes(cut, out)
 
 
 def test_two_ranks_share_a_stage_and_the_pictures_of_a_judge(tmp_path):

@@ -1,7 +1,6 @@
 """train_t2i.py in one process: what it writes, how it goes on, and what it says when it cannot."""
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -33,8 +32,12 @@ from test_encoders import tiny_clip
 from test_pairs import make
 from test_prepare import pictures
 from test_prepare import run as prepare
+from torch.utils.checkpoint import checkpoint
 
+import mmdit
+import train_t2i
 from common.evaluate import Judge, Ranks, asked, draw_asked, validation
+from common.memory import largest_pass
 from common.pictures import read_png
 from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
 from inputs.rows import pairs_check
@@ -108,17 +111,6 @@ def test_a_run_leaves_pictures_logs_and_the_averaged_weights(done):
     assert (facts["size"], facts["shapes"], facts["samples"]) == (20, 4, 80)
 
 
-def test_a_lock_that_a_killed_process_left_is_told(tmp_path, capsys, monkeypatch):
-    """DeepSpeed would wait for it for ever."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py311" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    assert refuses(capsys, tmp_path / "run").endswith("all would wait for it: delete it")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_step_clips_the_gradient_and_each_group_has_its_rate(few, tmp_path):
     """Adam's first moment is a tenth of the gradient, Muon's a twentieth; it is clipped to 1."""
     how = ["--save-every-samples", 4, "--keep", 5, "--lr", 0.01, "--loss", "pseudo_huber"]
@@ -164,10 +156,18 @@ def test_a_resumed_run_is_the_same(done, tmp_path):
         ("--micro-batch 2", 1e-5),
         ("--precision bf16", 0.1),
         ("--compile on", 1e-4),
+        ("--recompute blocks", 0),
+        ("--recompute blocks --compile on", 1e-4),
+        ("--ds-config stage1", 1e-9),
+        ("--ds-config stage1 --precision bf16", 0.1),
     ],
 )
 def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, options, tolerance):
-    graphs = []
+    graphs, again = [], []
+
+    def counted(function, *inputs, **how):
+        again.append(function)
+        return checkpoint(function, *inputs, **how)
 
     def backend(graph, inputs):  # inductor would take minutes
         graphs.append(graph)
@@ -175,7 +175,11 @@ def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, o
 
     compiled = partialmethod(MMDiT.compile_blocks, backend=backend)
     monkeypatch.setattr(MMDiT, "compile_blocks", compiled)
-    out = train(tmp_path / "run", *options.split())
+    monkeypatch.setattr(mmdit, "checkpoint", counted)
+    file = json.loads(Settings.ds_config.read_text())
+    file["zero_optimization"]["stage"] = 1
+    (tmp_path / "stage1").write_text(json.dumps(file))
+    out = train(tmp_path / "run", *options.replace("stage1", f"{tmp_path}/stage1").split())
     a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
     assert a == pytest.approx(b, rel=0, abs=tolerance)
     if "bf16" in options:
@@ -183,6 +187,26 @@ def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, o
         average = load_file(out / "model.safetensors").values()
         assert any((p != p.bfloat16()).any() for p in average)  # fp32 on the whole way
     assert bool(graphs) == ("compile" in options)
+    # four of five blocks in 20 steps, and once where the memory is counted
+    assert len(again) == (4 * 20 + 4 if "recompute" in options else 0)
+
+
+def test_a_pass_is_as_large_as_the_memory_allows(done, tmp_path, monkeypatch):
+    """All of a batch of four in the ordinary case; one at a time where there is no room."""
+    made = []
+
+    def spied(*given):
+        made.append(read_ds_config(*given))
+        return made[-1]
+
+    monkeypatch.setattr(train_t2i, "read_ds_config", spied)
+    for room in (None, 0):
+        if room is not None:
+            monkeypatch.setattr(train_t2i, "room", lambda *where: 0)
+        out = train(tmp_path / f"run{room}", "--eval-every-samples", 80)
+        a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
+        assert a == pytest.approx(b, rel=0, abs=1e-5)
+    assert [config["gradient_accumulation_steps"] for config in made] == [1, 4]
 
 
 def pairs_with_a_nan(folder, batch):
@@ -405,20 +429,21 @@ OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 @pytest.mark.parametrize(
     "typed, ranks, config, expected",
     [
-        ({"most_at_once": 24}, 1, {}, [64, 16, 4]),
+        ({}, 1, {}, [64, 16, 4]),
         ({}, 4, {"zero_optimization": {"stage": 1}}, [64, 16, 1]),
         ({"batch_size": 12, "micro_batch": 2}, 2, {"train_batch_size": 12}, [12, 2, 3]),
-        ({"precision": "bf16"}, 1, {"bf16": {"enabled": True}}, [64, 64, 1]),
+        ({"precision": "bf16"}, 1, {"bf16": {"enabled": True}}, [64, 16, 4]),
         ({"batch_size": 4, "micro_batch": 8}, 1, {}, "4 / 8 = 0.50: take --batch-size 8"),
         ({}, 3, {}, "x 3 ranks x a whole number of passes, but 64 / 63 = 1.02: take .* 63"),
-        ({}, 1, {"train_batch_size": 32}, r"size 32 contradicts .* 64 \(64 = 64 x 1 ranks x 1"),
-        ({}, 1, {"zero_optimization": {"stage": 3}}, '"stage" 3 must be 2'),
+        ({}, 1, {"train_batch_size": 32}, r"size 32 contradicts .* 64 \(64 = 16 x 1 ranks x 4"),
+        ({}, 1, {"zero_optimization": {"stage": 3}}, '"stage" 3 must be 1 or 2'),
+        ({}, 1, {"zero_optimization": {"stage": 0}}, '"stage" 0 must be 1 or 2: see docs'),
         ({}, 1, {"zero_optimization": OFFLOADED}, '"offload_optimizer" is not supported'),
         ({}, 1, {"fp16": {}}, '"fp16" is not supported here: take it out'),
         ({}, 1, {"zero_optimization": TURNING}, '"round_robin_gradients" is not supported'),
         ({}, 1, {"zero_optimization": {"stage": 2, "cpu_offload": True}}, '"cpu_offload" is not'),
         ({}, 1, {"torch_autocast": {"enabled": True}}, '"torch_autocast" is not supported'),
-        ({}, 1, {"zero_optimization": {"stage": "2"}}, "\"stage\" '2' must be 2"),
+        ({}, 1, {"zero_optimization": {"stage": "2"}}, "\"stage\" '2' must be 1 or 2"),
         ({}, 1, {"bf16": {"enabled": True}}, "bf16 contradicts --precision fp32"),
     ],
 )
@@ -428,13 +453,31 @@ def test_deepspeeds_configuration(tmp_path, typed, ranks, config, expected):
     settings = Settings(ds_config=path, **{"precision": "fp32"} | typed)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            read_ds_config(settings, ranks)
+            read_ds_config(settings, ranks, lambda file, share: 16 if share == 64 else share)
         return
-    found = read_ds_config(settings, ranks)
+    found = read_ds_config(settings, ranks, lambda file, share: 16 if share == 64 else share)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert [found[key] for key in keys] == expected
     assert found["bf16"]["enabled"] == (settings.precision == "bf16")
     assert found["timers"]["throughput"] == {"enabled": False}  # it waits for the GPU
+
+
+def test_room_is_most_of_a_gpu_or_a_share_of_the_host(monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 1000)
+    monkeypatch.setattr(get_accelerator(), "memory_allocated", lambda: 50)  # by the encoders
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    found = [train_t2i.room(torch.device(name), Ranks()) for name in ("cuda", "cpu")]
+    assert found == pytest.approx([850 - 50, 850 / 4 - 50])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-wide"])
+def test_on_cpus_a_batch_is_one_pass(preset):
+    """In a tenth of what a small laptop has, for each of two ranks."""
+    share = RECIPES[preset]["batch_size"] // 2
+    config = fitted(preset, channels=3, text_dim=128, sides=[(20, 20)])
+    settings = Settings(preset=preset, precision="fp32", text_tokens=12)
+    ds = json.loads(Settings.ds_config.read_text())
+    assert largest_pass(4e8, share, config, settings, 2, (20, 20), ds) == share
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
