@@ -369,7 +369,7 @@ def chapter_1(device: torch.device, out: Path) -> Iterator[Check]:
 
 def trained(device: torch.device, out: Path) -> Iterator[Check]:
     cuda = device.type == "cuda"
-    steps, preset = (400, "digits-wide") if cuda else (60, "digits-narrow")
+    steps, preset = (400, "digits-wide") if cuda else (44, "digits-narrow")
     how = ["--data", "glyphs", "--preset", preset, "--steps", steps, "--warmup-steps", 20]
     how += ["--device", device.type, "--sample-steps", 8, "--checkpoint-every", steps // 2]
     how = [str(word) for word in how]
