@@ -38,9 +38,6 @@ def test_laptop(tmp_path):
     script("laptop.sh", *QUICK.split(), OUT=out, PER_TAG=1)
     for file in ("run-scores.png", "run-scores.csv", "run-pictures.png", "run-pictures.gif"):
         assert (tmp_path / file).exists()
-    first = (tmp_path / "run-scores.csv").read_bytes()
-    script("laptop.sh", *QUICK.split(), OUT=out, PER_TAG=1)  # finished: it scores and draws again
-    assert (tmp_path / "run-scores.csv").read_bytes() == first
 
 
 def test_node(tmp_path):
@@ -48,7 +45,7 @@ def test_node(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"number {i}"}) for i in range(3)))
     names = {
-        "SOURCE": pictures(tmp_path / "pictures"),
+        "SOURCE": pictures(tmp_path / "pictures", sizes=[(48, 48)]),
         "OUT": tmp_path / "run",
         "DATA": tmp_path / "rows",
         "T5": tiny_t5(tmp_path / "t5"),
@@ -79,8 +76,8 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> "$CALLS"; fi
 def test_cluster(tmp_path):
     """Three stages, each on larger pictures and from the one before. A job that was stopped asks to
     be put back into the queue, and the next one goes on."""
-    source = pictures(tmp_path / "pictures")
-    for size in (16, 32, 64):
+    source = pictures(tmp_path / "pictures", sizes=[(48, 48)])
+    for size in (16, 32, 48):
         prepare(source, tmp_path / f"data-{size}", "--size", size)
     bin_ = tmp_path / "bin"
     bin_.mkdir()
@@ -95,14 +92,14 @@ def test_cluster(tmp_path):
     }
     calls = tmp_path / "calls"
     how = {"PRESET": "tiny", "DATA": tmp_path / "data", "OUT": tmp_path / "runs", "CALLS": calls}
-    how |= {"SIZES": "16 32 64", "STAGE": tmp_path / "stage", "path": bin_}
+    how |= {"SIZES": "16 32 48", "STAGE": tmp_path / "stage", "path": bin_}
     # Reached at its first evaluation: the first stage ends early, as if it had been stopped.
     early = f"{ONE_LINE} --target-eval-loss 1e9"
     script("cluster.slurm", **slurm, **how, OPTIONS=early)
     assert calls.read_text() == "srun\nrequeue 7\n"
     script("cluster.slurm", **slurm, **how, OPTIONS=f"{ONE_LINE} --target-eval-loss 0")
     assert calls.read_text() == "srun\nrequeue 7\n" + 3 * "srun\n"
-    for size in (16, 32, 64):
+    for size in (16, 32, 48):
         run = tmp_path / "runs" / f"tiny-{size}"
         assert int(checkpoints(run / "checkpoints")[-1].name) == 32
         assert Pipeline.open(run).facts["size"] == size
