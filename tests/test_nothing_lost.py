@@ -410,8 +410,7 @@ def test_data_inside_the_run_and_files_beside_a_picture_stay(home, tmp_path, cap
     drawn = [home / "first", "1", "--gif", "--steps", 1, "--out", tmp_path / "mine.png"]
     assert "mine.gif would be overwritten" in refused(sample_t2i.main, capsys, *drawn)
     assert (tmp_path / "mine.gif").read_bytes() == b"mine"
-    for name in ("mine.png", "mine.csv"):
-        (tmp_path / name).write_bytes(b"a,b")
+    (tmp_path / "mine.csv").write_bytes(b"a,b")
     scored = [exported(tmp_path / "shapes", SHAPES), "--score", "--out", tmp_path / "mine.png"]
     assert "mine.csv would be overwritten" in refused(sample_t2i.main, capsys, *scored)
     assert (tmp_path / "mine.csv").read_bytes() == b"a,b"
