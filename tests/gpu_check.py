@@ -49,6 +49,7 @@ import train_t2i
 from common import log, muon
 from common.pipeline import checkpoints, read_averages
 from common.start import begin
+from experiments.measure import interleaved
 from inputs import digits
 from mmdit import PRESETS, MMDiT, MMDiTConfig, load_model
 from tests.host_reads import HostReads
@@ -118,22 +119,14 @@ def cudnn() -> int:
     return torch.backends.cudnn.version()
 
 
-def seconds(step: Callable, device: torch.device, repeats: int) -> float:
-    """Of one call, of many in a row after two that do not count."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(2):
-        step()
-    wait()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait()
-    return (time.perf_counter() - started) / repeats
+def seconds(step: Callable, calls: int) -> float:
+    """Of one call, of many in a row."""
+    return interleaved({"step": step}, 1, calls).ms["step"] / 1e3
 
 
 def product_tflops(n: int, dtype: torch.dtype, device) -> float:
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds(lambda: a @ b, device, 20) / 1e12
+    return 2 * n**3 / seconds(lambda: a @ b, 20) / 1e12
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,7 +223,7 @@ def attention(device: torch.device, out: Path) -> Iterator[Check]:
         for kernel in kernels:
             try:
                 found = attended(packed, weight, kernel)
-                times[kernel.name] = seconds(partial(attended, packed, weight, kernel), device, 3)
+                times[kernel.name] = seconds(partial(attended, packed, weight, kernel), 3)
             except RuntimeError as error:  # this card has none for such heads
                 yield told(f"B4 {kernel.name} d {d} L {length}", f"not here: {error}"[:80])
                 continue
@@ -729,7 +722,7 @@ def speed(device: torch.device, out: Path) -> Iterator[Check]:
         size = throughput.SIZES["digits"]
         yield flops_counted("digits", size)
         network = throughput.built(size.config)
-        took = seconds(throughput.training(network, network.parameters(), size), device, 5)
+        took = seconds(throughput.training(network, network.parameters(), size), 5)
         share = size.training_flops() / took / 1e12 / product_tflops(1024, torch.float32, device)
         yield least("E1 digits: of the plain product", share, 0.05)
         return

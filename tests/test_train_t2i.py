@@ -39,7 +39,7 @@ import train_t2i
 from common.evaluate import Judge, Ranks, asked, draw_asked, validation
 from common.memory import largest_pass
 from common.pictures import read_png
-from common.pipeline import Pipeline, checkpoints, load_shard, read_averages
+from common.pipeline import Pipeline, checkpoints, load_shard, mark_of, read_averages
 from inputs.rows import pairs_check
 from inputs.shapes import TAGS
 from mmdit import MMDiT, fitted
@@ -542,7 +542,8 @@ def test_what_deepspeed_refuses_ends_in_one_line(tmp_path, capsys, key):
 
 
 def of_other_rows(file):
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"rows": "0"}))
+    record = json.loads(file.read_text()) | {"rows": "0"}
+    file.write_text(json.dumps(record | {"mark": mark_of(record)}))
 
 
 @pytest.mark.parametrize(
