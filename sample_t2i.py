@@ -168,7 +168,11 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     h, w = (side * pipeline.image.factor for side in noise.shape[2:])
     if args.gif and max((h + 1) * len(captions), (w + 1) * args.images) >= pictures.GIF_SIDE:
         raise ValueError(f"--gif: {len(each)} pictures of {h}x{w} are too many for one: drop it")
-    pipeline.text.prepare(captions)  # an unknown word shows before a folder is made
+    text = pipeline.text
+    text.prepare(captions)  # an unknown word shows before a folder is made
+    for caption in captions[args.share]:
+        if (length := text.length(caption)) > text.tokens:
+            print(f"{caption!r} has {length} tokens, and the run reads {text.tokens}: it is cut")
     with owned(args.folder, *OWNER, shared=part):
         if part and of_others(args.folder, metadata):  # a refusal, before hours of drawing
             raise ValueError(

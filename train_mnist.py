@@ -302,6 +302,7 @@ def train(
             if request or step % settings.checkpoint_every == 0 or step == settings.steps:
                 check_finite(log, log.flush(), path)  # the steps since the last row, too
                 save(path, model, adamw, rows, settings, log, step)
+                drop_export(path.parent)  # of an earlier end; finish writes the new one
             bar.update(B)
     return step
 
@@ -519,8 +520,6 @@ def main(argv: list[str] | None = None):
         log.begin()
         # 5. Train, and write the results, also those of a run that was stopped.
         path, step = folder / "checkpoint.pt", state.get("step", 0)
-        if step < settings.steps:
-            drop_export(folder)
         step = train(model, adamw, rows, settings, log, step, path)
         finish(model, adamw, rows, settings, log, step, folder)
     where = "dry run passed; a run would leave" if settings.dry_run else "wrote"

@@ -879,6 +879,8 @@ class Run:
         write_checkpoint(
             self.engine, self.settings.out / "checkpoints", record, self.settings.keep, self.ranks
         )
+        if self.ranks.rank == 0:
+            drop_export(self.settings.out)  # of an earlier end; finish writes the new one
         self.requests.saved()
 
     def load(self, path: Path, record: dict):
@@ -900,8 +902,6 @@ class Run:
         if self.ranks.rank == 0:
             if not self.seen:
                 shutil.rmtree(out / "strips", ignore_errors=True)  # of a start without a checkpoint
-            if self.seen < settings.samples:
-                drop_export(out)
             write_rows(out / "eval.csv", self.evals)
             self.log.begin()
 

@@ -280,7 +280,7 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
 
 
 def drop_export(out: Path):
-    """A run that goes on will be newer than the weights that it exported at an earlier stop."""
+    """A new checkpoint is newer than the weights that the run exported at an earlier stop."""
     for name in ("model.safetensors", "config.json"):
         (out / name).unlink(missing_ok=True)
 

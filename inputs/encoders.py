@@ -128,6 +128,10 @@ class Words:
         labels = labels.to(device, non_blocking=True)
         return (labels[:, None] == torch.arange(self.dim, device=device)).float()[:, None]
 
+    def length(self, caption: str) -> int:
+        """Tokens of the whole caption; those beyond `tokens` are not read."""
+        return 1
+
     def __call__(self, captions: list[str]) -> Tensor:
         return self.expand(self.prepare(captions))
 
@@ -159,11 +163,17 @@ class HashText:
             self.vectors[word] = torch.randn(self.dim, generator=generator) / self.dim**0.5
         return self.vectors[word]
 
+    def spelled(self, caption: str) -> list[str]:
+        return caption.lower().replace(",", " ").split()
+
+    def length(self, caption: str) -> int:
+        return len(self.spelled(caption))
+
     def __call__(self, captions: list[str]) -> Tensor:
         words = torch.zeros(len(captions), self.tokens, self.dim)
         mask = torch.zeros(len(captions), self.tokens, 1)
         for row, used, caption in zip(words, mask, captions, strict=True):
-            spelled = caption.lower().replace(",", " ").split()[: self.tokens]
+            spelled = self.spelled(caption)[: self.tokens]
             if spelled:
                 row[: len(spelled)] = torch.stack([self.vector(word) for word in spelled])
                 used[: len(spelled)] = 1
@@ -219,6 +229,9 @@ class HuggingFaceText:
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
         self.name, self.tokens, self.device = name, tokens, device
         self.dim = self.model.config.d_model
+
+    def length(self, caption: str) -> int:
+        return len(self.tokenizer(caption, verbose=False).input_ids)
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:

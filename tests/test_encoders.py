@@ -83,7 +83,7 @@ def tiny_t5(folder):
 def test_t5_masks_padding_and_opens_pipelines(tmp_path):
     text = text_encoder(tiny_t5(tmp_path / "model"), 7)
     x = text(["a red ring", ""])
-    assert x.shape == (2, 7, 16) and text.dim == 16
+    assert x.shape == (2, 7, 16) and text.dim == 16 and text.length("a red ring") == 4
     assert x[0, :4].any(1).all() and not x[0, 4:].any()  # three words and the end mark
     assert x[1, :1].any() and not x[1, 1:].any()
     for part in ("text_encoder", "tokenizer"):

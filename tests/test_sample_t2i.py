@@ -71,6 +71,16 @@ def told(folder):
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
+def test_a_caption_that_is_cut_is_named(home, tmp_path, capsys):
+    """The run reads twelve words: from the thirteenth on nothing changes the picture."""
+    words = ["a", "big"] * 6
+    long = " ".join([*words, "ring"])
+    call(main, home / "shapes", " ".join(words), long, "--out", tmp_path / "a.png", "--images", 1)
+    assert f"{long!r} has 13 tokens, and the run reads 12: it is cut\n" in capsys.readouterr().out
+    call(main, home / "shapes", " ".join(words), "--out", tmp_path / "b.png", "--images", 1)
+    assert "it is cut" not in capsys.readouterr().out
+
+
 def test_each_picture_stands_by_itself_with_its_caption(home, tmp_path, capsys):
     out, folder = tmp_path / "a.png", tmp_path / "a_pictures"
     captions, how = ["a red circle", "two stars"], ["--images", 2, "--size", "12x20", "--out", out]

@@ -273,14 +273,19 @@ def test_a_name_of_digits_is_no_folder(tmp_path, monkeypatch):
     assert settings.data == ["glyphs"]
 
 
-def test_a_run_that_goes_on_drops_the_weights_of_its_stop(done, tmp_path, capsys, monkeypatch):
-    out = shutil.copytree(done, tmp_path / "run")
-    torch.save(checkpoint(out) | {"step": 40}, out / "checkpoint.pt")
-
+def test_a_run_that_goes_on_keeps_the_weights_of_its_stop_until_it_has_newer_ones(
+    done, tmp_path, capsys, monkeypatch
+):
     def killed(*args):
         raise OSError("killed")
 
-    monkeypatch.setattr(train_mnist, "train", killed)
-    refused(train_mnist.main, capsys, "--resume", "--device", "cpu", "--out", out)
+    for last, there in (("train_step", True), ("finish", False)):
+        out = shutil.copytree(done, tmp_path / last)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_mnist, last, killed)
+            refused(train_mnist.main, capsys, "--resume", "--steps", 65, "--out", out)
+        assert checkpoint(out)["step"] == (60 if there else 65)
+        for name in ("model.safetensors", "config.json"):
+            assert (out / name).exists() == there
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         Pipeline.open(out)
