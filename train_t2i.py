@@ -898,7 +898,7 @@ class Run:
         Steps after the checkpoint are made again, and with them their rows of the log. Without this
         a resumed run would hold them twice.
         """
-        settings, out = self.settings, self.settings.out
+        out = self.settings.out
         if self.ranks.rank == 0:
             if not self.seen:
                 shutil.rmtree(out / "strips", ignore_errors=True)  # of a start without a checkpoint
