@@ -711,7 +711,8 @@ class Run:
         )
         # Compiled blocks on GPUs: each is one graph, of which Triton makes a few large kernels.
         cuda = device.type == "cuda" and find_spec("triton") is not None
-        if settings.compile == "on" or (settings.compile == "auto" and cuda):
+        self.compiles = settings.compile == "on" or (settings.compile == "auto" and cuda)
+        if self.compiles:
             model.compile_blocks()  # in place, so the names of the parameters do not change
         # Fused: all weights of a group move in one kernel, not several kernels for each tensor.
         # The matrices in the blocks are a group for Muon (common/muon.py).
@@ -739,6 +740,25 @@ class Run:
         self.peak = device_peak(device)
         path = settings.out / "log.csv" if ranks.rank == 0 else None
         self.log, self.requests = Log(path, LOG_EVERY, gather_losses), Requests(ranks.group)
+
+    def warm_up(self):
+        """Compile the blocks for each shape of picture, before the ranks need each other.
+
+        Compiling takes minutes, on one rank more than on another. In training the faster one would
+        wait in NCCL, whose time-out ends the run; here it waits at a barrier over gloo, for hours
+        if need be. Only gradients of the input are asked for, so DeepSpeed's hooks on those of the
+        weights stay still. A pass too large for the memory shows here, too.
+        """
+        if not self.compiles:
+            return
+        images, tokens = self.engine.train_micro_batch_size_per_gpu(), self.settings.text_tokens
+        for side in self.rows.sides():
+            shape = (images, self.config.in_channels, *side)
+            x = torch.zeros(shape, device=self.engine.device, requires_grad=True)
+            text = x.new_zeros(images, tokens, self.config.text_dim)
+            velocity = self.engine.module(x, x.new_zeros(images), text)
+            torch.autograd.grad(velocity.float().sum(), x)
+        dist.barrier(group=self.ranks.group)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from here on. Called once, after a checkpoint is loaded."""
@@ -1093,6 +1113,7 @@ def launch(typed: dict):
         run.copier = copier
         if record:
             run.load(present[-1], record)
+        run.warm_up()
         if ranks.rank == 0:
             if settings.overwrite and finished:
                 move_away(out, "train_t2i.py")

@@ -501,7 +501,7 @@ def run_options(cuda: bool) -> tuple[list[str], int]:
 def watched(run, seen: dict):
     """What is looked at during the run, by step."""
     cuda, step = run.engine.device.type == "cuda", run.step
-    if step == 2:  # both directions are compiled
+    if step == 0:  # Run.warm_up has compiled both directions
         torch.compiler.set_stance("fail_on_recompile")
     if step == 5 and cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -537,7 +537,7 @@ def training(device: torch.device, out: Path) -> Iterator[Check]:
             around.enter_context(mock.patch.object(MMDiT, "compile_blocks", fast))
         status = t2i(out / "run", *options, before=partial(watched, seen=seen))
         torch.compiler.set_stance("default")
-        yield holds("D3 after two steps nothing is compiled again", status == 0)
+        yield holds("D3 no step compiles anything", status == 0)
         found = losses_of(out / "run")
         yield most("D2 last loss over the first", found[-1] / found[0], 0.8 if cuda else 0.95)
         evals = rows_of(out / "run" / "eval.csv")
@@ -669,7 +669,7 @@ def buckets(device: torch.device, out: Path) -> Iterator[Check]:
     shapes = set()
 
     def before(run):
-        if run.step == 20:
+        if run.step == 0:
             torch.compiler.set_stance("fail_on_recompile")
 
     options = ["--data", out / "rows", "--preset", "tiny", *TINY.split(), "--batch-size", 16]
@@ -688,7 +688,7 @@ def buckets(device: torch.device, out: Path) -> Iterator[Check]:
         status = t2i(out / "buckets", *options, before=before)
     torch.compiler.set_stance("default")
     yield holds("D10 three shapes", len(shapes) == 3, str(sorted(shapes)))
-    yield holds("D10 after 20 steps nothing is compiled again", status == 0, f"status {status}")
+    yield holds("D10 no step compiles anything", status == 0, f"status {status}")
 
 
 def made_up_pictures(folder: Path, count: int):

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmdit
+import rf
+from common.muon import use_muon
 from mmdit import PRESETS, MMDiT, MMDiTConfig, fitted, load_model, save_model
 
 SMALL = MMDiTConfig(
@@ -295,6 +297,41 @@ def test_nothing_is_compiled_again_after_every_bucket_was_seen():
         through(buckets)
         with pytest.raises(RuntimeError, match="recompile"):  # it would be noticed
             through([(2, 2)])
+
+
+@pytest.mark.slow
+def test_inductors_code_follows_weights_that_are_exchanged():
+    """Averages come and go in place, under blocks that are compiled: nothing may keep the old ones.
+
+    With and without gradients, against a copy that is not compiled."""
+    torch._dynamo.reset()
+    model = awake(config := replace(SMALL, n_layers=1))
+    model.compile_blocks()
+    adamw = torch.optim.AdamW(model.param_groups(0.01, muon_lr=0.02))
+    use_muon(adamw)
+    rf.keep_averages(adamw, [0.1])
+
+    def against_eager(previous):
+        plain, given = MMDiT(config), inputs()
+        plain.load_state_dict(model.state_dict())
+        for network in (model, plain):
+            network.zero_grad()
+            network(*given).square().mean().backward()
+        close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+        with torch.no_grad():
+            found, expected = model(*given), plain(*given)
+        close(found, expected)
+        assert previous is None or (found - previous).abs().max() > 1e-3
+        return found
+
+    trained = against_eager(None)
+    for _ in range(3):
+        adamw.step()
+    trained = against_eager(trained)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(2):  # averaged, and back
+            rf.exchange_averages(adamw, rf.average_name(0.1))
+            trained = against_eager(trained)
 
 
 # --- configurations ------------------------------------------------------------------------------

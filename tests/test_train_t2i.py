@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from functorch.compile import make_boxed_func
 from helpers import (
     SHAPES,
     call,
@@ -32,6 +33,7 @@ from test_encoders import tiny_clip
 from test_pairs import make
 from test_prepare import pictures
 from test_prepare import run as prepare
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import mmdit
@@ -187,8 +189,35 @@ def test_what_changes_the_losses_only_by_rounding(done, tmp_path, monkeypatch, o
         average = load_file(out / "model.safetensors").values()
         assert any((p != p.bfloat16()).any() for p in average)  # fp32 on the whole way
     assert bool(graphs) == ("compile" in options)
-    # four of five blocks in 20 steps, and once where the memory is counted
-    assert len(again) == (4 * 20 + 4 if "recompute" in options else 0)
+    # four of five blocks in 20 steps, once where the memory is counted, and once to warm up
+    assert len(again) == (4 * (21 + bool(graphs)) if "recompute" in options else 0)
+
+
+def test_blocks_are_compiled_in_both_directions_before_the_first_step(few, tmp_path, monkeypatch):
+    """A single and a double block, each once forward and once backward; the losses do not change.
+
+    The second run is not compiled."""
+    made, before = [], []
+
+    def compiler(way):
+        return lambda graph, inputs: made.append(way) or make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler("fw"), bw_compiler=compiler("bw"))
+    original = train_t2i.train
+
+    def training(run):
+        assert all(p.grad is None for p in run.engine.module.parameters())
+        before.append(list(made))
+        original(run)
+
+    monkeypatch.setattr(
+        MMDiT, "compile_blocks", partialmethod(MMDiT.compile_blocks, backend=backend)
+    )
+    monkeypatch.setattr(train_t2i, "train", training)
+    outs = [train(tmp_path / how, *few, "--compile", how) for how in ("on", "off")]
+    assert before == [made, made] and sorted(made) == ["bw", "bw", "fw", "fw"]
+    a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in outs)
+    assert a == pytest.approx(b, rel=0, abs=1e-6)
 
 
 def test_a_pass_is_as_large_as_the_memory_allows(done, tmp_path, monkeypatch):
