@@ -649,6 +649,9 @@ def keep_averages(adamw: torch.optim.Optimizer, widths: Sequence[float]):
     gammas = {average_name(width): gamma_from_sigma_rel(width) for width in widths}
     if len(gammas) < len(widths):
         raise ValueError(f"widths {widths} must differ in their first two decimals")
+    if getattr(adamw, "averaged", None):  # a second hook would count each step twice
+        raise ValueError(f"it keeps averages of widths {adamw.averaged} already")
+    adamw.averaged = [*widths]
 
     @torch.no_grad()
     def update(adamw, args, kwargs):  # after each step; under ZeRO-2 that is one group at a time

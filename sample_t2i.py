@@ -43,6 +43,7 @@ from common.start import MARK, claim, owned, program, read_lines, write_all, wri
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
+MANY = 200  # pictures of an earlier command that another replaces without being told to
 OWNER = ("sample_t2i.py", "--out: the folder")  # of the single pictures, for claim and owned
 
 
@@ -174,7 +175,8 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
         if (length := text.length(caption)) > text.tokens:
             print(f"{caption!r} has {length} tokens, and the run reads {text.tokens}: it is cut")
     with owned(args.folder, *OWNER, shared=part):
-        if part and of_others(args.folder, metadata):  # a refusal, before hours of drawing
+        # A refusal, before hours of drawing, and of what took hours.
+        if len(of_others(args.folder, metadata)) > (0 if part else MANY):
             raise ValueError(
                 f"{args.folder} holds pictures of another command: choose another --out"
             )

@@ -50,9 +50,11 @@ from common.start import (
     claim,
     intact,
     line_of,
+    listing,
     move_away,
     owned,
     program,
+    real,
     write_whole,
 )
 from inputs.rows import Batch, DataOptions, Rows
@@ -453,8 +455,8 @@ def finish(model: MMDiT, adamw, rows: Rows, settings: Settings, log: Log, step: 
     samples, device = step * settings.batch_size, model.positions.device
     # The facts tell whoever opens the weights how to draw with them: size, guidance, steps, shift.
     facts = run_facts(settings, rows, model.config, samples)
-    Pipeline(model, rows.text, rows.image, facts).save(out)  # for sample_t2i.py and Pipeline.open
     losses = validation(model, rows, settings, device, Ranks())  # at t = 0, 1/8, …, 7/8
+    Pipeline(model, rows.text, rows.image, facts).save(out)  # for sample_t2i.py and Pipeline.open
     wanted = asked(rows, per_tag=ROWS)
     # The same captions and the same noise in every run with this seed, so that runs can be
     # compared.
@@ -481,9 +483,10 @@ def main(argv: list[str] | None = None):
     started, typed = time.time(), parse(Settings, argv, __doc__, RECIPES)
     device = choose_device(typed.get("device", "auto"))
     begin(device)
-    out = typed.get("out", Settings.out)
+    out = typed["out"] = real(typed.get("out", Settings.out))
     # 1. The run that is there: resume it, replace it, or refuse.
     claim(out, "train_mnist.py")
+    before = listing(out)  # compared once the folder is ours: another process may write meanwhile
     state = {}
     if typed.get("resume") and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", device)
@@ -510,10 +513,12 @@ def main(argv: list[str] | None = None):
     # hold this for a dozen kinds of mistakes.
     model, adamw = build(settings, rows, state, device)
     # 4. The folder. A dry run takes a temporary one, so it does not touch a run in --out.
-    if settings.overwrite and not settings.dry_run and finished:
-        move_away(out, "train_mnist.py")
     where = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out)
-    with where as folder, owned(Path(folder), "train_mnist.py") as folder:
+    if settings.overwrite and not settings.dry_run and finished:
+        move_away(out, "train_mnist.py", before)
+    if settings.overwrite or settings.dry_run:
+        before = None
+    with where as folder, owned(Path(folder), "train_mnist.py", before=before) as folder:
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
         log.changed = changes(saved, settings)

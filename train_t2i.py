@@ -94,9 +94,12 @@ from common.start import (
     claim,
     intact,
     line_of,
+    listing,
     move_away,
     owned,
     program,
+    real,
+    still_there,
 )
 from inputs.rows import Batch, Copier, DataOptions, Rows
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
@@ -962,6 +965,7 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
     partial, target = folder / PARTIAL, folder / f"{record['samples']:012d}"
     first = ranks.rank == 0
     if first:
+        still_there(partial)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
@@ -1065,8 +1069,10 @@ def launch(typed: dict):
     written, and an old run is moved away only when they have passed."""
     # 1. Join the other ranks. If --out holds a run: resume it, replace it, or stop. All ranks look
     # at the same folder, so they come to the same answer without asking each other.
-    ranks, out = start_ranks(typed.get("threads")), typed.get("out", Settings.out)
+    ranks = start_ranks(typed.get("threads"))
+    out = typed["out"] = real(typed.get("out", Settings.out))
     claim(out, "train_t2i.py")
+    before = listing(out)  # compared once the folder is ours: another process may write meanwhile
     present, record = checkpoints(out / "checkpoints"), None
     finished = present or (out / "model.safetensors").exists()  # what is worth keeping
     if present and typed.get("resume"):
@@ -1116,8 +1122,9 @@ def launch(typed: dict):
         run.warm_up()
         if ranks.rank == 0:
             if settings.overwrite and finished:
-                move_away(out, "train_t2i.py")
-            around.enter_context(owned(out, "train_t2i.py"))
+                move_away(out, "train_t2i.py", before)
+                before = []
+            around.enter_context(owned(out, "train_t2i.py", before=before))
         run.open()
         train(run)
         finish(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.settings import Checked, Natural, rule
-from common.start import write_whole
+from common.start import still_there, write_whole
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
@@ -101,7 +101,10 @@ class Log:
         row = where | {"loss": finite_mean(losses), "grad_norm": finite_mean(norms)} | values
         row["changed"], self.changed = self.changed, ""
         self.rows.append(row)
-        append_row(self.path, row)
+        try:
+            append_row(self.path, row)
+        except ValueError:  # somebody wrote into it, or the disk was full: all rows are here
+            write_rows(self.path, self.rows)
         return row
 
 
@@ -125,6 +128,7 @@ def write_rows(path: Path | None, rows: list[dict]):
 
 def append_row(path: Path | None, row: dict):
     if path is not None:
+        still_there(path)
         new = not path.exists() or path.stat().st_size == 0
         if not new:
             with open(path, "rb") as file:

@@ -55,6 +55,8 @@ def png_path(path: Path, option: str = "--out"):
         raise ValueError(f"{option} {path} must be the name of a .png file")
     if path.exists() and SIGN not in path.read_bytes():
         raise ValueError(f"{option} {path} is there and was not drawn here: choose another")
+    if path.exists() and any((above / MARK).exists() for above in path.resolve().parents[1:]):
+        raise ValueError(f"{option} {path} is a picture of a run: choose another")
     if (
         path.stem in ("samples", "progress", "curves", "log", "eval")
         and path.with_name(MARK).exists()

@@ -11,6 +11,7 @@ Shapes: B batch, T text tokens, E text features, (C, h, w) what the network sees
 
 import json
 import os
+import shlex
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -276,7 +277,7 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
     facts["text_format"] = asdict(rows.text) if isinstance(rows.text, TextFormat) else None
     facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}
-    return facts | {"source": " ".join(map(str, settings.data))}
+    return facts | {"source": shlex.join(map(str, settings.data))}
 
 
 def drop_export(out: Path):
@@ -318,7 +319,7 @@ def settle_run(
     init = read_facts(first) if first and not saved else {}
     known = saved | typed
     rows = open_rows(
-        known.get("data") or init.get("source", cls.DATA).split(),
+        known.get("data") or shlex.split(init.get("source", cls.DATA)),
         known.get("data_weights", ()),
         data_dir=known.get("data_dir", "data"),
         seed=known.get("seed", 0),
@@ -418,7 +419,10 @@ def read_averages(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str,
                 for parameter, at in places.items():
                     part = state[name][at.start : at.start + at.numel]
                     pieces[name].setdefault(parameter, []).append(part)
-    shapes = load_shard(next(checkpoint.glob("mp_rank_*")))["module"]
+    whole = next(checkpoint.glob("mp_rank_*"), None)
+    if whole is None:
+        raise ValueError(f"{checkpoint} is damaged: it lacks its file mp_rank_*")
+    shapes = load_shard(whole)["module"]
     return {
         name: {p: torch.cat(parts).view(shapes[p].shape) for p, parts in found.items()}
         for name, found in pieces.items()

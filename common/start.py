@@ -61,6 +61,9 @@ def begin(device: torch.device):
 # ------------------------------------------------------------------------------------------------
 
 
+PART = ".part"  # ends the names of files that are being written
+
+
 def write_whole(path: Path, content: bytes | memoryview):
     """The file appears complete or not at all, also when the disk is full or the process dies."""
     write_all({path: content})
@@ -72,7 +75,8 @@ def write_all(contents: dict[Path, bytes | memoryview]):
     A rename replaces a name in one operation; fsync first, since a file system may otherwise write
     the name before the content.
     """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}{PART}") for path in contents}
+    still_there(*contents)
     try:
         for path, content in contents.items():
             with open(temporary[path], "wb") as file:
@@ -95,10 +99,11 @@ def check_free(path: Path):
 
 def sweep(*folders: Path):
     """Delete what killed processes of this machine left of write_whole."""
-    for left in (file for folder in folders for file in folder.glob(".*.*")):
-        if left.suffix[1:].isdecimal() and left.is_file() and os.name == "posix":
+    for left in (file for folder in folders for file in folder.glob(f".*{PART}")):
+        number = left.stem.rpartition(".")[2]
+        if number.isdecimal() and len(number) < 10 and os.name == "posix":
             try:
-                os.kill(int(left.suffix[1:]), 0)  # asks whether there is such a process
+                os.kill(int(number), 0)  # asks whether there is such a process
             except ProcessLookupError:
                 left.unlink(missing_ok=True)
             except OSError:  # of another user
@@ -146,6 +151,33 @@ def read_lines(path: Path, what: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 
 MARK = "made_by.txt"  # in every folder that a program of ours fills: the program's name
+OWNED = {}  # folders that this process fills → what os.stat said of them when it began
+
+
+def real(folder: Path) -> Path:
+    """Where a run is written. A link may come to point elsewhere while it runs, and "." has no
+    name beside which an older run could be kept."""
+    resolved = Path(os.path.realpath(folder))
+    plain = resolved == Path(os.path.abspath(folder)) and {"", ".."}.isdisjoint(folder.parts[-1:])
+    return folder if plain and folder.name else resolved
+
+
+def listing(folder: Path) -> list:
+    """A run's files, their sizes and times: to see whether another process has been here."""
+    files = [file for file in folder.glob("*") if file.is_file() and file.name != MARK]
+    files += folder.glob("checkpoints/*/run.json")
+    return sorted((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.name[0] != ".")
+
+
+def still_there(*paths: Path):
+    """OSError if a folder of this process has been moved, and these paths lead into another."""
+    for folder, began in OWNED.items():
+        here = os.stat(folder) if folder.is_dir() else None
+        moved = here is None or not os.path.samestat(here, began)
+        if moved and any(folder in path.parents for path in paths):
+            raise OSError(
+                f"{folder} has been moved or replaced since this program began to fill it"
+            )
 
 
 def claim(folder: Path, program: str, what: str = "--out"):
@@ -174,11 +206,12 @@ def mark(folder: Path, program: str) -> Path:
 
 
 @contextmanager
-def owned(folder: Path, program: str, what: str = "--out", shared: bool = False):
+def owned(folder: Path, program: str, what="--out", shared=False, before: list | None = None):
     """Inside, the folder is there, says whose it is, and no other process may own it.
 
-    shared: but others that share it (--part) may. The lock ends with the process, however it ends.
-    ValueError as claim, or if it is taken.
+    shared: but others that share it (--part) may. before: its listing, when the program looked at
+    what is there. The lock ends with the process, however it ends. ValueError as claim, or if the
+    folder is taken, or is not any more what it was before.
     """
     claim(folder, program, what)
     ours = (folder / MARK).exists()
@@ -192,21 +225,33 @@ def owned(folder: Path, program: str, what: str = "--out", shared: bool = False)
             ) from error
         except OSError:  # a file system without locks
             pass
+        if before is not None and listing(folder) != before:
+            raise ValueError(
+                f"{what} {folder} has just been changed by another process: look at it, and start"
+                " again"
+            )
         if ours and not shared:  # another machine's part may be writing
             sweep(folder)
-        yield folder
+        OWNED[folder] = os.stat(folder)
+        try:
+            yield folder
+        finally:
+            OWNED.pop(folder, None)
 
 
-def move_away(folder: Path, program: str):
+def move_away(folder: Path, program: str, before: list | None = None):
     """--overwrite: the run that is there becomes FOLDER.old, in place of an older one of that name.
 
-    A rename cannot lose anything, whatever becomes of the new run.
+    A rename cannot lose anything, whatever becomes of the new run. before: as in owned.
     """
     old = folder.with_name(f"{folder.name}.old")
     claim(old, program)
-    with owned(folder, program):  # or it is in use
+    with owned(folder, program, before=before):  # or it is in use
         if old.exists():
             with owned(old, program, "the older run in"):
+                others = [file.parent for file in old.glob(f"*/**/{MARK}")]
+                if others:
+                    raise ValueError(f"{others[0]} would be deleted with {old}: move it away")
                 shutil.rmtree(old)
         os.replace(folder, old)
 
@@ -270,6 +315,12 @@ def program(name: str):
     def decorate(main):
         @functools.wraps(main)
         def run(argv: list[str] | None = None):
+            for stream in ("stdout", "stderr"):  # None if it was closed: >&-
+                setattr(
+                    sys,
+                    stream,
+                    getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"),
+                )
             rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
             try:
                 return main(argv)

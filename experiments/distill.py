@@ -2,7 +2,7 @@
 
     python -m experiments.distill runs/shapes --pieces 4 --out runs/shapes4
     python sample_t2i.py runs/shapes4 --score
-    python -m experiments.distill runs/shapes4 --resume       go on with one that was stopped
+    python -m experiments.distill runs/shapes --resume        go on with one that was stopped
 
 The teacher is the run itself, with its own solver, guidance and number of steps, N. Its times are
 cut into K pieces. The student is the same network, and starts as the teacher. From any of
@@ -20,7 +20,8 @@ between fresh data and fresh noise, new at each step. No path need be straight: 
 A run comes out that samples in K steps at guidance 1. Start reading at target().
 """
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -111,10 +112,6 @@ def main(argv: list[str] | None = None):
     begin(device)
     teacher = Pipeline.open(args.run, device)
     facts, out = teacher.facts, args.out or args.run.with_name(f"{args.run.name}{args.pieces}")
-    if facts["steps"] % args.pieces or facts["steps"] == args.pieces:
-        raise ValueError(
-            f"--pieces {args.pieces} must divide the {facts['steps']} steps of {args.run}"
-        )
     claim(out, NAME)
     checkpoint, state = out / "checkpoint.pt", {}
     if checkpoint.exists() and not args.resume:
@@ -124,10 +121,18 @@ def main(argv: list[str] | None = None):
         state = train_mnist.load(checkpoint, device)
         if not of.exists() or of.read_text() != teacher.origin:
             raise ValueError(f"--out {out} learns from another teacher than {teacher.origin}")
+        pieces = state["settings"]["sample_steps"]
+        if "pieces" in given and args.pieces != pieces:
+            raise ValueError(f"--pieces {args.pieces}: the student in {out} has {pieces}, drop it")
+        args = replace(args, pieces=pieces)
+    if facts["steps"] % args.pieces or facts["steps"] == args.pieces:
+        raise ValueError(
+            f"--pieces {args.pieces} must divide the {facts['steps']} steps of {args.run}"
+        )
     keys = ("steps", "batch_size", "lr", "muon_lr", "seed")  # a resume changes what was typed
     typed = {key: getattr(args, key) for key in keys if key in given or not state}
     typed |= {key: facts[key] for key in ("shapes", "colors", "places", "shift")}
-    typed |= {"data": facts["source"].split(), "data_dir": args.data_dir, "out": out}
+    typed |= {"data": shlex.split(facts["source"]), "data_dir": args.data_dir, "out": out}
     typed |= {"cfg": 1.0, "cfg_below": 1.0, "sample_steps": args.pieces, "solver": "euler"}
     init = {} if state else {"init": args.run}
     saved = state.get("settings", {})

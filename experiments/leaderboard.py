@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import train_mnist
+import train_t2i
 from common.log import append_row
 from common.pipeline import Pipeline
 from common.settings import Options, option, parse
@@ -31,7 +33,6 @@ from common.start import begin, choose_device, move_away, program
 from experiments.digit_score import Judge
 from experiments.measure import machine
 from inputs.shapes import World, obeyed, prompts_by_tag, scores
-from train_t2i import RECIPES
 
 ROOT = Path(__file__).parents[1]
 NOISES = 5
@@ -74,7 +75,7 @@ def judged(args: Settings) -> tuple[str, bool]:
             found.append((recognised, frechet / judge.real[1]))
         recognised, ratio = map(mean, zip(*found, strict=True))
         return f"{recognised:.3f}, {ratio:.2f}", recognised >= 0.985 and ratio <= 1.5
-    tiny = World.of(RECIPES["tiny"])
+    tiny = World.of(train_t2i.RECIPES["tiny"])
     if World.of(pipeline.facts) != tiny:
         raise ValueError(f"the entry was trained in another world than {tiny}: drop those options")
     asked = prompts_by_tag(tiny, PER_TAG)
@@ -93,6 +94,11 @@ def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, own, __doc__))
     for word in {"--dry-run", "--help", "-h", "--resume"} & {*rest}:
         raise ValueError(f"{word} after -- is not a whole run: drop it")
+    trainer = train_mnist if args.task == "digits" else train_t2i
+    try:  # a mistake shows before an older run is moved away
+        parse(trainer.Settings, rest, "")
+    except SystemExit as ended:
+        raise ValueError(f"{' '.join(rest)} after -- is not a whole run: see above") from ended
     if args.out.exists():  # else an older run might be scored
         move_away(args.out, "train_mnist.py" if args.task == "digits" else "train_t2i.py")
     line = command(args, rest)

@@ -30,7 +30,7 @@ from common.log import append_row
 from common.muon import use_muon
 from common.pictures import save_figure
 from common.settings import Options, option, parse
-from common.start import choose_device, program
+from common.start import choose_device, claim, mark, program
 from inputs.encoders import Pixels
 from inputs.rows import open_rows
 from mmdit import PRESETS, MMDiT, MMDiTConfig
@@ -176,9 +176,11 @@ class Settings(Grid):
 @program("experiments.lr_transfer")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    claim(args.out, "experiments.lr_transfer")
     path, data, rows = args.csv(f"lr_transfer_{args.dataset}"), Data(args), []
     widths, rates = args.widths or WIDTHS, args.rates or RATES
     cells = list(product(range(args.seeds), widths, PARAMETRIZATIONS, rates))
+    mark(args.out, "experiments.lr_transfer")
     for seed, width, name, lr in tqdm(cells, unit="run"):
         key = {"dataset": args.dataset, "steps": args.steps, "parametrization": name}
         key |= {"width": width, "lr": lr, "seed": seed, "base": widths[0], "rows": data.rows.id}

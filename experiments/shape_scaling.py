@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.pictures import save_figure
 from common.settings import option, parse
-from common.start import program
+from common.start import claim, mark, program
 from experiments.lr_transfer import DATASETS, Data, Grid, remembered
 from mmdit import MMDiT, MMDiTConfig
 
@@ -123,7 +123,9 @@ class Settings(Grid):
 @program("experiments.shape_scaling")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    claim(args.out, "experiments.shape_scaling")
     data = Data(args)
+    mark(args.out, "experiments.shape_scaling")
     for search in args.searches:
         extrapolate(data, args) if search == "scaling" else compare(search, data, args)
     print(f"wrote shape_scaling.csv and the figures in {args.out}")

@@ -39,7 +39,7 @@ from common.evaluate import Ranks
 from common.log import PEAK_TFLOPS, progress_bar
 from common.pipeline import settle_run
 from common.settings import Options, option, parse
-from common.start import Signals, begin, program
+from common.start import Signals, begin, claim, mark, program
 from experiments.measure import interleaved, report, summary
 from inputs.encoders import TextFormat
 from inputs.rows import SCHEMA
@@ -446,7 +446,7 @@ def data(args: "Settings"):
     torch.set_num_threads(1)  # as in a worker
     side, rows = args.size // 8, []
     with tempfile.TemporaryDirectory() as parent:
-        for bits, length in product((16, 8), (args.length, args.tokens)):
+        for bits, length in product((16, 8), sorted({args.length, args.tokens})):
             folder = Path(parent) / f"{bits} {length}"
             made_up(folder, side, TextFormat(args.tokens, 2048, bits), length)
             for workers in args.workers or (0, 1, 2, 4):
@@ -485,7 +485,9 @@ class Settings(Options):
 @program("experiments.throughput")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
+    claim(args.out, "experiments.throughput")
     begin(DEVICE)
+    mark(args.out, "experiments.throughput")
     COMMANDS[args.command](args)
 
 

@@ -727,9 +727,11 @@ class PairsFolder(Source):
         self.files = [self.folder / f"{i:05d}.safetensors" for i in range(-(-number // chunk))]
         there = {*self.folder.glob("*.safetensors")}
         if there != {*self.files}:
+            more = sorted(file.name for file in there - {*self.files})
             raise ValueError(
                 f"--data {folder} is not finished, or its number has changed: {len(there)} chunks"
-                f" are there, must be {len(self.files)}: run its tools.pairs command again"
+                f" are there, must be {len(self.files)}: "
+                + (f"move {more[0]} away" if more else "run its tools.pairs command again")
             )
         self.tables = {}
         self.chunk(len(self.files) - 1)  # the last one has as many as the number says

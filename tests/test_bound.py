@@ -15,7 +15,15 @@ import sample_t2i
 from common import log, start
 from common.pictures import png_path, strip
 from common.pipeline import Pipeline, checkpoints, open_checkpoint
-from experiments import coordinate_check, digit_score, edit, lr_transfer, toy2d
+from experiments import (
+    coordinate_check,
+    digit_score,
+    edit,
+    lr_transfer,
+    shape_scaling,
+    throughput,
+    toy2d,
+)
 from inputs import digits
 from mmdit import load_model
 
@@ -165,6 +173,9 @@ def test_a_table_is_written_whole(tmp_path):
     [
         (toy2d, ["--sets", "moons", "--steps", "2", "--out"]),
         (coordinate_check, ["--out"]),
+        (lr_transfer, ["--steps", "1", "--out"]),
+        (shape_scaling, ["--samples", "64", "--out"]),
+        (throughput, ["data", "--out"]),
     ],
 )
 def test_an_experiment_needs_a_folder_of_its_own(tmp_path, capsys, program, options):

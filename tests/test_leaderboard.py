@@ -30,9 +30,12 @@ def test_entries_are_trained_timed_and_scored(tmp_path, monkeypatch, capsys):
     assert row["task"] == "shapes" and 0 <= float(row["score"]) <= 1 and row["reached"] == "no"
     assert len(records(tmp_path / "board.csv")) == 2
     what = ["shapes", "--name", "x", "--table", tmp_path / "board.csv", "--out", tmp_path / "run"]
-    for option, said in (("--help", "--help after -- is not a whole run"), ("--hel", "no weights")):
-        assert said in refused(
-            leaderboard.main, capsys, *what, "--", option
-        )  # no older run's score
+    for option in ("--help", "--hel", "--stepz 5", "--lr nan"):  # no older run's score
+        line = refused(leaderboard.main, capsys, *what, "--", *option.split())
+        assert any(word in line for word in ("is not a whole run", "--stepz", "--lr nan"))
+    assert not (tmp_path / "run.old").exists() and (tmp_path / "run").exists()  # nothing is moved
+    other = ["--data", "nowhere"]
+    assert "the trainer ended with status 1" in refused(
+        leaderboard.main, capsys, *what, "--", *other
+    )
     assert len(records(tmp_path / "board.csv")) == 2
-    assert "the trainer ended with status 1" in refused(leaderboard.main, capsys, *what, "--", "-x")

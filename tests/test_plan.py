@@ -205,7 +205,7 @@ def test_a_pass_is_the_largest_that_divides_a_gpus_share(capsys):
     [
         ("--gpus 3 --micro-batch 7", "must be --micro-batch 7 x --gpus 3 x a whole"),
         ("--gpus 0", "--gpus 0 must be at least 1"),
-        ("--hfu 0", "--hfu 0.0 must be above 0"),
+        ("--hfu 0", "--hfu 0.0 must be at least 0.001"),
         ("--recompute all", "--recompute 'all' must be one of none, blocks"),
         ("--preset huge", "--preset 'huge' must be one of tiny"),
         ("--vae sdxl", "--vae 'sdxl' must be one of latents, pixels"),

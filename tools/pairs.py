@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None):
             i = int(file.stem)
             if whole(file, about):
                 rows = min(args.chunk, args.number - i * args.chunk)
-                bar.initial += rows  # made before: the speed leaves it out
+                bar.initial = rows + getattr(bar, "initial", 0)  # the speed leaves it out
                 bar.update(rows)
             else:
                 content = chunk_bytes(pipeline, about, lines, i, args.batch or 128, bar)

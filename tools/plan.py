@@ -57,8 +57,8 @@ class Settings(Options):
         "none", "none, or blocks: run again for less memory", choices=("none", "blocks")
     )
     gib: float = option(80.0, "memory of one GPU, GiB: it limits --micro-batch", above=0)
-    hfu: float = option(0.5, "share of the peak that all products reach", above=0, most=1)
-    peak_tflops: float = option(989.0, "of one GPU, here an H100 in bf16", above=0)
+    hfu: float = option(0.5, "share of the peak that all products reach", least=1e-3, most=1)
+    peak_tflops: float = option(989.0, "of one GPU, here an H100 in bf16", least=1e-3)
     gb_per_s: float = option(350.0, "that NCCL sends from each GPU", above=0)
 
 
@@ -124,6 +124,8 @@ def main(argv=None):
     )
     for name, value in memory.items():
         print(f"  {name:14}{value / 2**30:9.2f}")
+    if memory["in all"] > room:
+        print(f"it does not fit: more than {USABLE:.0%} of --gib {s.gib:g}")
     computing, sending = flops / (s.peak_tflops * 1e12 * s.hfu), sent / (s.gb_per_s * 1e9)
     hours = s.samples / batch * (computing + sending) / 3600
     mfu = useful / (computing + sending) / (s.peak_tflops * 1e12)

@@ -101,7 +101,7 @@ class Reading(Options):
 
 UNREAD = {".heic", ".heif", ".avif", ".jxl"}  # images that Pillow does not read
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
-INSIDE = ("metadata.jsonl", "metadata.csv", "**/*.parquet", "**/*.tar")  # a folder: the first found
+INSIDE = ("metadata.jsonl", "metadata.csv", "*.parquet", "*.tar")  # a folder: the first found
 
 
 class Source(NamedTuple):
@@ -139,7 +139,8 @@ def open_source(args: Reading) -> Source:
     """
     name, columns, id = args.source, IMAGE_COLUMNS, 0
     path, options = Path(name), {"path": name, "split": args.split}
-    files = [path] if path.is_file() else [f for p in INSIDE for f in inside(path, p)]
+    found = (f for p in INSIDE for f in inside(path, p) if "*" in p or f.parent == path)
+    files = [path] if path.is_file() else [*found]
     if files:
         kind = files[0].suffix
         others = [file for file in files if file.suffix != kind]
@@ -149,7 +150,7 @@ def open_source(args: Reading) -> Source:
             raise ValueError(
                 f"SOURCE {name} holds {others[0].name} and {files[0].name}: move one away"
             )
-        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, end_of(f)) for f in files]
         id = zlib.crc32(repr(known).encode())
         for file in files if kind == ".tar" else ():
             check_tar(file)
@@ -158,6 +159,8 @@ def open_source(args: Reading) -> Source:
             "data_files": [glob.escape(str(f)) for f in files],
         }
         options["split"] = "train"
+        # Or `datasets` takes a copy that it made of another file with this name and time.
+        options["name"] = f"{id:08x}"
         if kind in (".csv", ".jsonl"):
             columns = ("file_name", *columns)
         if kind == ".csv":
@@ -181,6 +184,13 @@ def open_source(args: Reading) -> Source:
     return Source(table, list(table.features), image, Path(*files[:1]).parent, id, named)
 
 
+def end_of(file: Path) -> int:
+    """The checksum of its last 64 KiB (a parquet file's table of contents)."""
+    with open(file, "rb") as opened:
+        opened.seek(-min(2**16, file.stat().st_size), os.SEEK_END)
+        return zlib.crc32(opened.read())
+
+
 def check_tar(file: Path):
     """ValueError unless it ends after its last member, with two empty blocks and nothing else.
 
@@ -194,10 +204,15 @@ def check_tar(file: Path):
         raise ValueError(f"SOURCE {file} is cut off or damaged at byte {end}: make it again")
 
 
-def inside(folder: Path, pattern: str = "**/*") -> list[Path]:
-    """Its files, sorted, without what is hidden."""
-    found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return [f for f in found if all(part[0] != "." for part in f.relative_to(folder).parts)]
+def inside(folder: Path, pattern: str = "*") -> list[Path]:
+    """Its files of such a name, sorted, without what is hidden; linked folders are looked into."""
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(path) for path in (here, *Path(here).parents)}
+        linked = {f: os.path.realpath(os.path.join(here, f)) for f in folders if f[0] != "."}
+        folders[:] = [f for f, target in linked.items() if target not in above]
+        found += [Path(here, f) for f in files if f[0] != "." and Path(here, f).is_file()]
+    return sorted(file for file in found if file.match(pattern))
 
 
 def read_folder(folder: Path) -> Source:
@@ -692,13 +707,19 @@ def main(argv: list[str] | None = None):
     """Check all options against the source first: a mistake must not show after hours."""
     args = Settings(**parse(Settings, argv, __doc__))
     claim(args.out, "tools.prepare")
+    if "::" in str(args.out):
+        raise ValueError(f"--out {args.out}: '::' joins two file systems, choose another name")
     device = choose_device(args.device)
     begin(device)
     source = open_source(args)
-    joins = [pa.parquet.read_table(pa.memory_map(str(file))) for file in args.with_]
-    for file, join in zip(args.with_, joins, strict=True):
+    joins = []
+    for file in args.with_:
+        join = pa.parquet.read_table(pa.memory_map(str(file)))
         if "row" not in join.column_names or not pa.types.is_integer(join["row"].type):
             raise ValueError(f"--with {file} must have a column row, the number in SOURCE")
+        joins.append(
+            join.set_column(join.column_names.index("row"), "row", join["row"].cast("int64"))
+        )
         if source.image in join.column_names:
             raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
         made_from = (join.schema.metadata or {}).get(b"source_files", b"0")
@@ -759,7 +780,9 @@ def main(argv: list[str] | None = None):
             "captions": [{"column": c, "weight": w} for c, w in captions.items()],
         }
         write_whole(manifest, json.dumps(finish(files, facts), indent=1).encode())
-    print(f"{args.out} is ready: {PreparedFolder(str(args.out), None).manifest['rows']}")
+    rows = PreparedFolder(str(args.out), None).manifest["rows"]
+    again = f"; to try the bad rows again, delete {manifest}" if rows.get("bad") else ""
+    print(f"{args.out} is ready: {rows}{again}")
 
 
 if __name__ == "__main__":
