@@ -154,7 +154,7 @@ class Settings(DataOptions):
     DATA = "shapes"  # the data if --data is not given
     # Workers prepare batches ahead. On a CPU they would compete with the training for its cores.
     workers: int | None = option(
-        None, "loader processes a rank (4 on GPUs, else 0)", least=0, local=True
+        None, "loader processes a rank (on GPUs one a core, at most 8; else 0)", least=0, local=True
     )
     # For data that does not fit on the local disk: its files (chunks of rows) are copied before
     # they are used and deleted afterwards.
@@ -338,7 +338,9 @@ def loader(
     A worker reads, decodes and draws noise while the GPU computes. pin_memory: batches lie in
     memory from which the GPU can copy by itself, so the host need not wait for the copy.
     """
-    workers = (4 if pin_memory else 0) if settings.workers is None else settings.workers
+    workers = settings.workers
+    if workers is None:  # this rank's share of the cores (start_ranks)
+        workers = min(8, torch.get_num_threads()) if pin_memory else 0
     if workers:
         atexit.register(_end_workers)
     return iter(
@@ -1125,6 +1127,11 @@ def launch(typed: dict):
                 move_away(out, "train_t2i.py", before)
                 before = []
             around.enter_context(owned(out, "train_t2i.py", before=before))
+            passes = run.engine.gradient_accumulation_steps()
+            print(
+                f"{ranks.count} ranks on {device.type}, {settings.precision};"
+                f" a step: {settings.batch_size} samples in {passes} passes"
+            )
         run.open()
         train(run)
         finish(run)

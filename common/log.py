@@ -23,15 +23,25 @@ from common.start import still_there, write_whole
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
+    "B300": 2250,
     "B200": 2250,
+    "GB200": 2500,
+    "GH200": 990,
+    "H200 NVL": 835,
     "H200": 989,
     "H100 NVL": 835,
     "H100 PCIe": 756,
     "H100": 989,
+    "H800": 989,
+    "H20": 148,
     "A100": 312,
+    "A800": 312,
+    "A40": 150,
     "L40S": 362,
     "L4": 121,
+    "A10G": 70,
     "A10": 125,
+    "5090": 210,
     "4090": 165,
     "3090": 71,
 }

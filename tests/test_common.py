@@ -237,9 +237,19 @@ def test_rows_are_means_over_steps_passes_and_ranks(tmp_path, capsys):
 
 
 def test_peaks_are_found_by_the_name_of_the_device(monkeypatch):
-    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA GeForce RTX 2080"]
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200 NVL": 835,
+        "NVIDIA GH200 480GB": 990,
+        "NVIDIA A10G": 70,
+        "NVIDIA L40S": 362,
+        "NVIDIA GeForce RTX 2080": None,
+    }
+    names = list(peaks)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
-    assert [log.device_peak(torch.device("cuda", i)) for i in range(4)] == [989, 756, 362, None]
+    found = [log.device_peak(torch.device("cuda", i)) for i in range(len(names))]
+    assert found == list(peaks.values())
     assert log.device_peak(torch.device("cpu")) is None
 
 
