@@ -27,7 +27,9 @@ any batch size, and two runs, or two values of an option, can be compared pictur
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 
 import torch
@@ -36,11 +38,13 @@ from torch import Tensor
 import rf
 from common import pictures
 from common.auraflow import check, save_diffusers, save_pipeline
+from common.evaluate import Gallery, retrieved
 from common.log import write_rows
 from common.pipeline import Pipeline, Sampling
 from common.settings import Parted, option, parse
 from common.start import MARK, claim, owned, program, read_lines, write_all, write_whole
 from inputs.encoders import VAE, HuggingFaceText
+from inputs.rows import open_rows
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
 
 MANY = 200  # pictures of an earlier command that another replaces without being told to
@@ -56,11 +60,13 @@ class Settings(Parted, Sampling):
     images: int = option(4, "pictures of each caption", least=1)
     size: str | None = option(None, "pixels a side, or HEIGHTxWIDTH (the run's)")
     gif: bool = option(False, "also the way from noise to image, beside --out")
+    nearest: bool = option(False, "also each beside the nearest pictures of training")
+    data_dir: Path = option(Path("data"), "--nearest, --score: where MNIST and CIFAR-10 lie")
     out: Path = option(Path("out.png"), "the sheet; the single pictures go beside it")
     score: bool = option(False, "score the run on held-out captions", group="or else")
     against: list[str] = option([], "--score: other runs beside it")
     at_steps: list[int] = option([], "--score: at each of these numbers of steps", least=1)
-    per_tag: int = option(100, "--score: captions of each tag", least=1)
+    per_tag: int = option(100, "--score: captions of each tag, or seen and held out", least=1)
     export: list[str] = option([], "write the network as: weights OUT, or diffusers OUT")
     cudagraphs: bool = option(False, "launch the network as a CUDA graph (GPUs)")
 
@@ -70,8 +76,11 @@ class Settings(Parted, Sampling):
             len(self.export) != 2 or self.export[0] not in ("weights", "diffusers")
         ):
             raise ValueError(f"--export {' '.join(self.export)} must be weights or diffusers, OUT")
-        if self.share.step > 1 and (self.score or self.export or self.gif):
-            raise ValueError(f"--part {self.part} shares captions: drop --score, --export or --gif")
+        if self.share.step > 1 and (self.score or self.export or self.gif or self.nearest):
+            alone = "--score, --export, --gif and --nearest"
+            raise ValueError(f"--part {self.part} shares captions: drop {alone}")
+        if self.nearest and (self.score or self.export):
+            raise ValueError("--nearest is for pictures of captions: drop --score or --export")
         if (self.score or self.export) and (self.prompt or self.prompts):
             raise ValueError("--score and --export draw no captions: drop them")
         if self.score and self.export:
@@ -195,9 +204,37 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     print(f"wrote {args.folder}")
     if args.gif:
         pictures.film(frames, args.images, args.out.with_suffix(".gif"))
+    if args.nearest:
+        beside_nearest(pipeline, final, each, args)
     if not part:
         pictures.captioned(final, each, args.out, args.images)
         print(f"wrote {args.out}")
+
+
+NEAREST = 4  # pictures of training beside a drawing
+
+
+def nearest_path(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_nearest.png")
+
+
+def gallery(pipeline: Pipeline, args: Settings) -> Gallery:
+    """All pictures of the run's data."""
+    names = shlex.split(pipeline.facts["source"])
+    return Gallery(open_rows(names, data_dir=args.data_dir).sources, pipeline.image)
+
+
+def beside_nearest(pipeline: Pipeline, drawn: Tensor, captions: list[str], args: Settings):
+    """A sheet that shows whether the network repeats what it saw: first the drawing, then the
+    pictures of training that are nearest to it, each under its caption."""
+    known, shown, said = gallery(pipeline, args), [], []
+    for picture, caption in zip(drawn, captions, strict=True):
+        numbers = known.nearest(picture[None], NEAREST, learned=True)[0].tolist()
+        shown += [picture[None], known.pictures(numbers, picture.shape[1:])]
+        said += [f"drawn: {caption}", *(known.captions[i] for i in numbers)]
+    path = nearest_path(args.out)
+    pictures.captioned(torch.cat(shown), said, path, NEAREST + 1)
+    print(f"wrote {path}")
 
 
 def score(pipelines: dict[str, Pipeline], args: Settings):
@@ -209,8 +246,6 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
     """
     rows, shown, worlds = [], [], {}
     for name, pipeline in pipelines.items():
-        if not pipeline.facts["shapes"]:
-            raise ValueError(f"--score: {name} was not trained on shapes")
         worlds[name] = World.of(pipeline.facts)
         if worlds[name] != worlds[args.run]:
             raise ValueError(
@@ -234,6 +269,41 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
     write_rows(table, rows)
     beside = [f"{row['run']}, {row['steps']}" for row in rows]
     pictures.sheet(torch.cat(shown), len(TAGS), args.out, captions[:: args.per_tag], beside)
+
+
+def retrieval(pipelines: dict[str, Pipeline], args: Settings):
+    """The score of pictures of one's own, for captions of training and for those held out: is the
+    nearest of all pictures the one that was asked for? Printed, as a CSV, and a sheet of drawings.
+
+    Two rows beside them: real pictures moved by one pixel, the ceiling, and what chance would find.
+    """
+    known = gallery(pipelines[args.run], args)
+    groups = {name: known.ask(args.per_tag, name == "held") for name in ("seen", "held")}
+    groups = {name: asked for name, asked in groups.items() if asked}
+    rows = []
+
+    def add(run: str, steps, group: str, found: dict):
+        rows.append({"run": run, "steps": steps, "captions": group} | found)
+        said = "  ".join(f"{key} {value:.3f}" for key, value in found.items())
+        print(f"{run}{f', {steps} steps' if steps else ''}, {group}: {said}")
+
+    for group, asked in groups.items():
+        captions = [known.captions[i] for i in asked]
+        for name, pipeline in pipelines.items():
+            noise = pipeline.noise(args.seed, range(len(asked)))
+            for steps in args.at_steps or [args.steps or pipeline.facts["steps"]]:
+                how = args.how() | {"steps": steps}
+                drawn = pipeline.draw(captions, noise, progress=True, **how)
+                add(name, steps, f"{len(asked)} {group}", retrieved(known, drawn, asked))
+                if name == args.run:  # at last those that were held out
+                    shown = drawn[:24], captions[:24]
+        moved = known.pictures(asked, drawn.shape[2:]).roll(1, dims=3)
+        add("real, moved by a pixel", "", f"{len(asked)} {group}", retrieved(known, moved, asked))
+    total = len(known.captions)
+    chance = {"top1": 1 / total, "top5": 5 / total, "variant": nan, "copy": nan}
+    add("chance", "", f"of {total} pictures", chance)
+    write_rows(args.out.with_suffix(".csv"), rows)
+    pictures.captioned(*shown, args.out)
 
 
 def export(pipeline: Pipeline, form: str, out: Path):
@@ -290,7 +360,7 @@ def main(argv: list[str] | None = None):
     if (args.score or args.gif) and beside.exists() and sign not in beside.read_bytes():
         raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
-        score(pipelines, args)
+        (score if pipeline.facts["shapes"] else retrieval)(pipelines, args)
         print(f"wrote {args.out}")
     else:
         paint(pipeline, captions, args)

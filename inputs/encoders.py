@@ -16,6 +16,7 @@ most of its weights on (latent diffusion, 2112.10752).
 Shapes: B batch, T text tokens, E features, (3, H, W) an image, (C, h, w) what the network sees.
 """
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class HashText:
         return self.vectors[word]
 
     def spelled(self, caption: str) -> list[str]:
-        return caption.lower().replace(",", " ").split()
+        return re.sub("[,:]", " ", caption.lower()).split()
 
     def length(self, caption: str) -> int:
         return len(self.spelled(caption))

@@ -284,6 +284,13 @@ class Source:
     def captions(self, rows: np.ndarray) -> list[str]:
         raise NotImplementedError
 
+    def every(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """All rows, in parts of one size, and whether they are held out. Before begin(), too.
+
+        ValueError if there is no end of them.
+        """
+        raise ValueError(f"--data {self.name} is no collection of pictures")
+
     def t_index(self, rows: np.ndarray, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers) % TIMES
 
@@ -317,14 +324,18 @@ class Digits(Source):
         self.id = digits.fingerprint(training)
         self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
         self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
+        self.training = self.count * (2 if self.name == "cifar10" else 1)
         size = self.images.shape[2]
         self.facts = {"size": size, "text_encoder": "words", "text_tokens": 1, "vae": "pixels"}
 
     def begin(self, settings: "DataOptions", device):
         self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self.training = self.count * (2 if self.name == "cifar10" else 1)
-        held = np.arange(self.training, self.training + len(self.images) - self.count)
+        (_, held) = (rows for rows, _ in self.every())
         self.whole(self.training, held, tuple(self.images.shape[2:]), settings.seed)
+
+    def every(self) -> Iterator[tuple[np.ndarray, bool]]:
+        yield np.arange(self.training), False
+        yield np.arange(self.training, self.training + len(self.images) - self.count), True
 
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
@@ -521,6 +532,10 @@ class PreparedFolder(Source):
                 rows = np.concatenate([np.arange(first, first + r.rows) for first, r in ranges])
                 self.held.append(Held(self, rows, held, bucket, self.manifest["noise_seed"]))
                 held += len(rows)
+
+    def every(self) -> Iterator[tuple[np.ndarray, bool]]:
+        for first, r in zip(self.firsts.tolist(), self.ranges, strict=False):
+            yield np.arange(first, first + r.rows), r.split == "validation"
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """What the network sees of a picture of so many pixels."""

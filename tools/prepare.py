@@ -404,6 +404,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             said = [caption(row, column, args, label) for column in captions]
             if not any(said):
                 raise ValueError("no caption")
+            if row.get(args.held) not in (True, False, None):
+                raise ValueError(f"{args.held} {row[args.held]!r:.80} must be true or false")
             if args.latent:
                 image = latent(row[args.latent], args)
             else:
@@ -413,9 +415,11 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             return {"row": number, "name": name, "kind": kind, "reason": line_of(error)}
         # Every tenth place of the shuffled source is held out, up to --validation of them: by its
         # place, so it does not depend on what happens to other rows. A held-out row is asked at one
-        # of the eight times, always the same.
+        # of the eight times, always the same. With --held the source itself says which rows.
         turn, late = divmod(place, EVERY)
         held = late == EVERY - 1 and turn < args.validation
+        if args.held:
+            turn, held = place, row.get(args.held)
         split, t_index = ("validation", turn % TIMES) if held else ("train", 0)
         where = (split, *(side * factor for side in image.shape[-2:]))
         return {"row": number, "image": image, "captions": said, "t_index": t_index, "where": where}
@@ -631,6 +635,7 @@ class Settings(Parted, Reading):
     latent_scale: float = option(1.0, "latent = raw · scale + offset, so that")
     latent_offset: float = option(0.0, "it is the VAE's mean, unscaled")
     validation: int = option(512, "rows kept from training; at most a tenth", least=0, group="rows")
+    held: str | None = option(None, "a column: where it is true, and nowhere else, a row is kept")
     bad_limit: float = option(0.01, "share of rows that may be bad", least=0, most=1)
     seed: int = option(0, "of the order", least=0)
     chunk_rows: int = option(4096, "rows of a file", least=1)
@@ -734,11 +739,11 @@ def main(argv: list[str] | None = None):
             )
     columns = sorted({*source.columns}.union(*(join.column_names for join in joins)))
     captions = caption_columns(args, columns)
-    for column in (*captions, args.latent or source.image):
+    for column in (*captions, args.latent or source.image, *filter(None, [args.held])):
         if column.partition(".")[0] not in columns:
             raise ValueError(
                 f"SOURCE {args.source} has no column {column}; there are: {', '.join(columns)};"
-                " choose with --caption or --label"
+                " choose with --caption, --label or --held"
             )
     vae, size = image_encoder(args.vae, device), args.size
     if args.latent:
