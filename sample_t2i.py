@@ -92,6 +92,8 @@ class Settings(Parted, Sampling):
         if (self.against or self.at_steps) and not self.score:
             raise ValueError("--against and --at-steps need --score")
         pictures.png_path(self.out)
+        if self.nearest:
+            pictures.png_path(nearest_path(self.out))
 
     @property
     def folder(self) -> Path:
@@ -183,6 +185,7 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     for caption in captions[args.share]:
         if (length := text.length(caption)) > text.tokens:
             print(f"{caption!r} has {length} tokens, and the run reads {text.tokens}: it is cut")
+    known = gallery(pipeline, args) if args.nearest else None
     with owned(args.folder, *OWNER, shared=part):
         # A refusal, before hours of drawing, and of what took hours.
         if len(of_others(args.folder, metadata)) > (0 if part else MANY):
@@ -205,7 +208,7 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     if args.gif:
         pictures.film(frames, args.images, args.out.with_suffix(".gif"))
     if args.nearest:
-        beside_nearest(pipeline, final, each, args)
+        beside_nearest(known, final, each, nearest_path(args.out))
     if not part:
         pictures.captioned(final, each, args.out, args.images)
         print(f"wrote {args.out}")
@@ -224,15 +227,14 @@ def gallery(pipeline: Pipeline, args: Settings) -> Gallery:
     return Gallery(open_rows(names, data_dir=args.data_dir).sources, pipeline.image)
 
 
-def beside_nearest(pipeline: Pipeline, drawn: Tensor, captions: list[str], args: Settings):
+def beside_nearest(known: Gallery, drawn: Tensor, captions: list[str], path: Path):
     """A sheet that shows whether the network repeats what it saw: first the drawing, then the
     pictures of training that are nearest to it, each under its caption."""
-    known, shown, said = gallery(pipeline, args), [], []
+    shown, said = [], []
     for picture, caption in zip(drawn, captions, strict=True):
         numbers = known.nearest(picture[None], NEAREST, learned=True)[0].tolist()
         shown += [picture[None], known.pictures(numbers, picture.shape[1:])]
         said += [f"drawn: {caption}", *(known.captions[i] for i in numbers)]
-    path = nearest_path(args.out)
     pictures.captioned(torch.cat(shown), said, path, NEAREST + 1)
     print(f"wrote {path}")
 
@@ -246,6 +248,8 @@ def score(pipelines: dict[str, Pipeline], args: Settings):
     """
     rows, shown, worlds = [], [], {}
     for name, pipeline in pipelines.items():
+        if not pipeline.facts["shapes"]:
+            raise ValueError(f"--against {name} was not trained on shapes")
         worlds[name] = World.of(pipeline.facts)
         if worlds[name] != worlds[args.run]:
             raise ValueError(
