@@ -215,12 +215,18 @@ class Gallery:
         return list(first.values())[:number]
 
 
+def halves(caption: str) -> tuple[str, str]:
+    """Of "man: bald: dark skin tone": what it is, and which one, "dark skin tone"."""
+    concept, colon, variant = caption.rpartition(": ")
+    return (concept, variant) if colon else (caption, "")
+
+
 def retrieved(gallery: Gallery, drawn: Tensor, asked: list[int]) -> dict[str, float]:
     """Of drawings of the captions of these rows, the share that
 
     top1, top5    finds the picture asked for first, or among the nearest five
-    variant       has the right variant ("man artist: dark skin tone": what stands behind the
-                  colon), of those whose nearest picture has the right concept, before it
+    variant       has the right variant (dark skin tone), of those whose nearest picture has the
+                  right concept
     copy          is at least twice as near to a training picture of another caption as that one is
                   to the picture asked for: a near-copy
     Two pictures that are equal count as one. NaN if no caption has a variant.
@@ -232,9 +238,11 @@ def retrieved(gallery: Gallery, drawn: Tensor, asked: list[int]) -> dict[str, fl
         return captions[i] == captions[j] or torch.equal(features[i], features[j])
 
     hits = [[right(i, j) for j in near] for i, near in zip(asked, found, strict=True)]
-    parts = [(captions[i].partition(": "), captions[near[0]].partition(": "))
-             for i, near in zip(asked, found, strict=True)]  # fmt: skip
-    variants = [a[2] == b[2] for a, b in parts if a[2] and a[0] == b[0]]
+    variants = []
+    for i, (nearest, *_) in zip(asked, found, strict=True):
+        (concept, variant), (its, other) = halves(captions[i]), halves(captions[nearest])
+        if variant and concept == its:
+            variants.append(variant == other)
     copies, learned = [], gallery.nearest(drawn, 1, learned=True).flatten().tolist()
     for i, x, j in zip(asked, small(drawn), learned, strict=True):
         away = (features[i] - features[j]).norm()

@@ -526,6 +526,26 @@ def test_what_else_lies_in_a_folder_of_images(tmp_path, capsys):
     refused(capsys, "holds 00.png and backup.tar: move one away", source, tmp_path / "new")
 
 
+def test_what_is_transparent_is_white(tmp_path):
+    """As RGBA, as a palette, as grey: a red square in the middle of nothing."""
+    (tmp_path / "source").mkdir()
+    image = Image.new("RGBA", (16, 16), (0, 255, 0, 0))  # hidden green
+    image.paste((255, 0, 0, 255), (4, 4, 12, 12))
+    image.save(tmp_path / "source/0.png")
+    image.quantize(4).save(tmp_path / "source/1.png")
+    grey = Image.new("LA", (16, 16), (80, 0))
+    grey.paste((0, 255), (4, 4, 12, 12))
+    grey.save(tmp_path / "source/2.png")
+    for i in range(3):
+        (tmp_path / f"source/{i}.txt").write_text(f"number {i}")
+    run(tmp_path / "source", tmp_path / "data")
+    for row in prepared(tmp_path / "data").values():
+        picture, red = row["image"], row["captions"] != ["number 2"]
+        assert (picture[:, :4] == 255).all()
+        inside = picture[:, 5:11, 5:11].float().mean((1, 2))
+        assert (inside - torch.tensor([255.0 * red, 0, 0])).abs().max() < 3
+
+
 def test_a_folder_of_images_of_any_format(tmp_path):
     for i, ending in enumerate(prepare.IMAGES):
         kind = Image.registered_extensions()[ending]

@@ -128,7 +128,11 @@ class Source(NamedTuple):
         with Image.open(file) as image:
             if image.mode[0] in "IF":  # Pillow would cut 16 bits or floats off at 255
                 raise ValueError(f"image of mode {image.mode}, must have 8 bits")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # on white; convert alone would show what is hidden
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
 
 
 def open_source(args: Reading) -> Source:
