@@ -360,8 +360,9 @@ def main(argv: list[str] | None = None):
         each.model = Graphed(each.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     beside = args.out.with_suffix(".csv" if args.score else ".gif")
-    sign = b"run,steps," if args.score else pictures.SIGN
-    if (args.score or args.gif) and beside.exists() and sign not in beside.read_bytes():
+    held = beside.read_bytes() if (args.score or args.gif) and beside.exists() else b""
+    tables = (b"run,steps,single_object,", b"run,steps,captions,top1,")
+    if held and not (held.startswith(tables) if args.score else pictures.SIGN in held):
         raise ValueError(f"{beside} would be overwritten: move it away, or give another --out")
     if args.score:
         (score if pipeline.facts["shapes"] else retrieval)(pipelines, args)

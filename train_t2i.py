@@ -67,7 +67,7 @@ import rf
 from common import pictures
 from common.evaluate import COLUMNS, Judge, Ranks, asked, draw_asked, eval_row, validation
 from common.log import Log, append_row, device_peak, progress_bar, show, write_rows
-from common.memory import USABLE, bucket_size, largest_pass
+from common.memory import DTYPES, USABLE, bucket_size, largest_pass
 from common.muon import use_muon
 from common.pipeline import (
     RUN_FILE,
@@ -83,7 +83,7 @@ from common.pipeline import (
     same_checkpoint,
     settle_run,
 )
-from common.settings import changes, option, parse, read_json
+from common.settings import Count, NotNegative, changes, check, option, parse, read_json
 from common.start import (
     NOTHING,
     SAVE,
@@ -500,6 +500,13 @@ def native_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+# What a ds_config.json may hold besides the keys of ours: none changes what is learned.
+MAY_STAND = (
+    "wandb", "comet", "flops_profiler", "comms_logger", "dump_state", "memory_breakdown",
+    "prescale_gradients", "gradient_predivide_factor", "checkpoint", "aio",
+)  # fmt: skip
+
+
 def read_ds_config(settings: Settings, ranks: int, fits: Callable) -> dict:
     """ds_config.json with every "auto" filled in. ValueError if it contradicts the settings.
 
@@ -521,14 +528,24 @@ def read_ds_config(settings: Settings, ranks: int, fits: Callable) -> dict:
     # side on this device, and exchange_averages could not swap them. fp16 would need a loss scale.
     # Round-robin gradients lay a group's row in another order than load_checkpoint and Muon know.
     zero = config["zero_optimization"]
-    if zero.get("stage") not in (1, 2):
+    if zero.get("stage") not in (1, 2) or zero["stage"] is True:
         raise ValueError(f'{file}: "stage" {zero.get("stage")!r} must be 1 or 2: see docs/gpu.md')
     # With an elastic checkpoint the shards would have another form.
     refused = ("offload_optimizer", "cpu_offload", "round_robin_gradients", "elastic_checkpoint")
     refused = dict.fromkeys(refused, zero)
-    for key, holder in (refused | dict.fromkeys(("fp16", "torch_autocast"), config)).items():
+    # optimizer, scheduler: the trainer brings its own.
+    own = ("fp16", "torch_autocast", "optimizer", "scheduler")
+    for key, holder in (refused | dict.fromkeys(own, config)).items():
         if holder.get(key, False) is not False:
             raise ValueError(f'{file}: "{key}" is not supported here: take it out')
+    # DeepSpeed passes over a key that it does not know: a typing error would change the training.
+    unknown = config.keys() - {*read_json(Settings.ds_config), *own, *MAY_STAND}
+    if unknown:
+        raise ValueError(f"{file}: {', '.join(sorted(unknown))} is not known here: take it out")
+    check(f'{file}: "gradient_clipping"', config.get("gradient_clipping", 0.0), NotNegative)
+    check(f'{file}: "steps_per_print"', config.setdefault("steps_per_print", 10**9), Count)
+    if config.get("communication_data_type", "fp32") not in DTYPES:
+        raise ValueError(f'{file}: "communication_data_type" must be fp32 or bf16')
     batch = settings.batch_size
     micro = settings.micro_batch or fits(config, max(1, batch // ranks))
     # DeepSpeed's rule: batch = micro-batch · ranks · passes.
@@ -958,6 +975,14 @@ def gather_losses(losses: torch.Tensor) -> torch.Tensor:
 PARTIAL = "partial"  # a folder beside the checkpoints; safe to delete
 
 
+def remove(path: Path):
+    """Delete a folder, a file, or a link (not what it leads to), if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks):
     """Every rank writes its shard into partial/; rank 0 then renames the folder.
 
@@ -968,7 +993,7 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
     first = ranks.rank == 0
     if first:
         still_there(partial)
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
     dist.barrier(group=ranks.group)  # the folder is there before anyone writes into it
     try:
@@ -983,14 +1008,16 @@ def write_checkpoint(engine, folder: Path, record: dict, keep: int, ranks: Ranks
                 os.fsync(file.fileno())
         dist.barrier(group=ranks.group)  # the files of every rank are written
         if first:
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             os.replace(partial, target)
+            if (folder / "latest").is_dir():
+                remove(folder / "latest")
             (folder / "latest.partial").write_text(target.name)
             os.replace(folder / "latest.partial", folder / "latest")  # for DeepSpeed's own tools
             for old in checkpoints(folder)[:-keep]:
                 # Rename first: an interrupted deletion must not look like a checkpoint.
                 os.replace(old, folder / PARTIAL)
-                shutil.rmtree(folder / PARTIAL)
+                remove(folder / PARTIAL)
     except (OSError, RuntimeError) as error:  # torch's writer: RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         left = checkpoints(folder)

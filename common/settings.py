@@ -55,6 +55,7 @@ NO_RULE = rule()
 Count = typing.Annotated[int, rule(least=1)]
 Natural = typing.Annotated[int, rule(least=0)]
 Positive = typing.Annotated[float, rule(above=0)]
+NotNegative = typing.Annotated[float, rule(least=0)]
 
 
 def check(name: str, value, kind, allowed: Mapping = NO_RULE):

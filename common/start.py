@@ -244,6 +244,14 @@ def move_away(folder: Path, program: str, before: list | None = None):
 
     A rename cannot lose anything, whatever becomes of the new run. before: as in owned.
     """
+    results = (
+        "checkpoint.pt",
+        "model.safetensors",
+        "checkpoints/*/run.json",
+        "*/model.safetensors",
+    )
+    if not any(any(folder.glob(name)) for name in results):
+        return  # it left nothing: what is in FOLDER.old is worth more
     old = folder.with_name(f"{folder.name}.old")
     claim(old, program)
     with owned(folder, program, before=before):  # or it is in use
@@ -309,7 +317,7 @@ SHORTAGE = ("memory", "alloc", "Storage size")  # in what torch says when there 
 def program(name: str):
     """Decorate main(argv): a known kind of error becomes one line, `name: message`, and status 1.
 
-    Under a launcher one rank of each machine speaks, unless the error is about files.
+    Under a launcher one rank of each machine speaks, unless the error is about files or memory.
     """
 
     def decorate(main):
@@ -333,8 +341,10 @@ def program(name: str):
                     if isinstance(error, RuntimeError) and not any(w in said for w in SHORTAGE):
                         raise  # a mistake of ours
                     said = f"too little memory: lower the batch, the size or the network ({said})"
+                # What only this rank may have met: its files, its memory.
+                own = isinstance(error, OSError | MemoryError | RuntimeError)
                 others = local_rank.isdecimal() and int(local_rank) > 0  # "x" is an error to tell
-                if others and "RANK" in os.environ and not isinstance(error, OSError):
+                if others and "RANK" in os.environ and not own:
                     sys.exit(1)
             for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to it
                 bar.close()

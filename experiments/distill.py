@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None):
     begin(device)
     teacher = Pipeline.open(args.run, device)
     facts, out = teacher.facts, args.out or args.run.with_name(f"{args.run.name}{args.pieces}")
+    if facts["solver"] not in ("euler", "rf_solver"):
+        raise ValueError(f"{args.run} draws with {facts['solver']}: must be euler or rf_solver")
     claim(out, NAME)
     checkpoint, state = out / "checkpoint.pt", {}
     if checkpoint.exists() and not args.resume:

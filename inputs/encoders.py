@@ -71,7 +71,14 @@ class TextFormat(Checked):
     reach: Positive = 0.25
 
     def pack(self, features: Tensor) -> bytes:
-        """(T, E) fp32, zero rows at the end → bytes without them."""
+        """(T, E) fp32, zero rows at the end → bytes without them. ValueError if it does not fit."""
+        if len(features) > self.tokens:
+            raise ValueError(f"{len(features)} tokens of text, must be at most {self.tokens}")
+        if not (features.half() if self.bits == 16 else features).isfinite().all():
+            raise ValueError(
+                f"text features are not finite in {self.bits} bits: take another --text-encoder, or"
+                " --text-bits 8 with a --text-reach that covers them"
+            )
         words = features.any(dim=1).nonzero()
         x = features[: words[-1].item() + 1 if len(words) else 0].float().cpu().numpy()
         if self.bits == 16:
@@ -221,11 +228,11 @@ class HuggingFaceText:
             encoder = inside(name, "text_encoder")
             kind = AutoConfig.from_pretrained(name, **encoder).model_type
             if kind not in classes:
-                raise ValueError(f"--text-encoder {name} is a {kind!r} model, must be t5 or umt5")
+                raise ValueError(f"it is a {kind!r} model, must be t5 or umt5")
             self.tokenizer = AutoTokenizer.from_pretrained(name, **inside(name, "tokenizer"))
             model = classes[kind].from_pretrained(name, **encoder, dtype=dtype)
             self.model = model.to(device).eval()
-        except OSError as error:
+        except Exception as error:  # of the hub, of files that are cut, of sizes that differ
             reason = line_of(error)
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
         self.name, self.tokens, self.device = name, tokens, device
@@ -313,7 +320,7 @@ class VAE:
         try:
             model = AutoencoderKL.from_pretrained(name, **inside(name, "vae"))
             self.model = model.to(device).eval()
-        except OSError as error:
+        except Exception as error:
             reason = line_of(error)
             raise ValueError(f"--vae {name} could not be loaded: {reason}") from error
         config = self.model.config
@@ -364,7 +371,7 @@ def pretrained(model: str, device, option: str, kind: str, processor="AutoProces
     try:
         loaded = getattr(transformers, kind).from_pretrained(model, **how)
         prepares = getattr(transformers, processor).from_pretrained(model)
-    except (OSError, ValueError) as error:  # ValueError: a model of another kind
+    except Exception as error:  # a ValueError if it is a model of another kind
         reason = line_of(error)
         raise ValueError(f"{option} {model} could not be loaded: {reason}") from error
     return loaded.to(device).eval(), prepares

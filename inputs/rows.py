@@ -251,6 +251,10 @@ class Held(NamedTuple):
         return [*first.values(), *(n for n in numbers if n not in first.values())][:most]
 
 
+class Damaged(OSError, ValueError):
+    """A file that is not as it was written. Perhaps one rank alone reads it: so each says it."""
+
+
 class Source:
     """One name of --data. begin() sets streams and held, lists of the above.
 
@@ -591,8 +595,8 @@ class PreparedFolder(Source):
             self.tables[chunk] = columns
         return self.tables[chunk]
 
-    def broken(self, path: Path, error) -> ValueError:
-        return ValueError(f"{path} is broken ({error}): delete it and its .json, prepare again")
+    def broken(self, path: Path, error) -> "Damaged":
+        return Damaged(f"{path} is broken ({error}): delete it and its .json, prepare again")
 
     def find(self, row: int) -> tuple[dict, int, Range]:
         """The columns of the chunk that holds a row, its place there, and its range."""
@@ -722,7 +726,7 @@ def read_pairs(path: Path, header: dict) -> tuple[Tensor, list[str]]:
         if about["check"] != check or not len(states) == len(about["captions"]) == rows:
             raise ValueError("it has changed, or is of other pairs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is broken ({error}): run tools.pairs again") from error
+        raise Damaged(f"{path} is broken ({error}): run tools.pairs again") from error
     return states, about["captions"]
 
 

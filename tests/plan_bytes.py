@@ -78,18 +78,19 @@ def one_rank(out: Path, options: list[str]):
 
         def call(*args, **kwargs):
             if now["step"] == STEP:
-                sent[name] += bytes_of(*args, **kwargs)
+                given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+                sent[name] += bytes_of(given[-1], args, kwargs)
             return function(*args, **kwargs)
 
         return mock.patch.object(dist, name, call)
 
     W = int(os.environ["WORLD_SIZE"])
-    others = {  # bytes that leave this rank, in a ring
-        "all_reduce": lambda x, *a, **k: 2 * x.nbytes * (W - 1) // W,
-        "reduce": lambda x, dst=0, *a, **k: x.nbytes * (str(dst) != rank),
-        "all_gather_into_tensor": lambda out, x, *a, **k: x.nbytes * (W - 1),
-        "all_gather": lambda out, x, *a, **k: x.nbytes * (W - 1),
-        "all_to_all_single": lambda out, x, *a, **k: x.nbytes * (W > 1),
+    others = {  # bytes that leave this rank, in a ring; of a call's tensors, the last
+        "all_reduce": lambda x, a, k: 2 * x.nbytes * (W - 1) // W,
+        "reduce": lambda x, a, k: x.nbytes * (str(k.get("dst", a[1] if len(a) > 1 else 0)) != rank),
+        "all_gather_into_tensor": lambda x, a, k: x.nbytes * (W - 1),
+        "all_gather": lambda x, a, k: x.nbytes * (W - 1),
+        "all_to_all_single": lambda x, a, k: x.nbytes * (W > 1),
     }
     with ExitStack() as around:
         for name, bytes_of in others.items():

@@ -15,6 +15,7 @@ from helpers import records
 from common import cpu, log, start
 from common.settings import Options, Parted, changes, option, parse, settle
 from common.start import NOTHING, SAVE, STOP, Signals
+from inputs.rows import Damaged
 from mmdit import Linear
 
 # --- settings ------------------------------------------------------------------------------------
@@ -180,6 +181,8 @@ LITTLE = "too little memory: lower the batch, the size or the network"
         (ValueError("every rank knows"), "1", "1", ""),
         (ValueError("no launcher"), None, "1", "it: no launcher\n"),
         (OSError("this disk alone"), "5", "1", "it: this disk alone (rank 5)\n"),
+        (Damaged("a row of this rank"), "5", "1", "it: a row of this rank (rank 5)\n"),
+        (MemoryError("here"), "5", "1", f"it: {LITTLE} (here) (rank 5)\n"),
         (KeyboardInterrupt(), "0", "0", "it: interrupted; every file is whole\n"),
         (MemoryError("no"), "0", "0", f"it: {LITTLE} (no)\n"),
         (torch.OutOfMemoryError("CUDA out of memory"), "0", "0", f"it: {LITTLE} (CUDA out of me"),

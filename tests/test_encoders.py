@@ -60,6 +60,20 @@ def test_features_are_stored_without_padding(bits, reach):
     assert not found[1].any() and not found[2, 3:].any()
 
 
+@pytest.mark.parametrize(
+    "bits, features, message",
+    [
+        (16, torch.full((2, 3), 1e5), "not finite in 16 bits"),
+        (16, torch.full((2, 3), float("nan")), "not finite in 16 bits"),
+        (8, torch.full((2, 3), float("inf")), "not finite in 8 bits"),
+        (8, torch.ones(5, 3), "5 tokens of text, must be at most 4"),
+    ],
+)
+def test_features_that_cannot_be_stored(bits, features, message):
+    with pytest.raises(ValueError, match=message):
+        TextFormat(4, 3, bits).pack(features)
+
+
 def tiny_t5(folder):
     """A random two-layer T5 with six words, saved; its folder as a string."""
     import tokenizers
@@ -164,8 +178,16 @@ def tiny_clip(folder):
     "call, message",
     [
         (lambda: text_encoder("nowhere", 8), "--text-encoder nowhere could not be loaded"),
-        (lambda: text_encoder("bert", 8), "bert is a 'bert' model, must be t5 or umt5"),
+        (
+            lambda: text_encoder("bert", 8),
+            "loaded: it is a 'bert' model, must be t5 or umt5",
+        ),
         (lambda: VAE("nowhere"), "--vae nowhere could not be loaded"),
+        (lambda: text_encoder("cut", 8), "--text-encoder cut could not be loaded"),
+        (
+            lambda: encoders.pretrained("cut", "cpu", "--judge", "AutoModel"),
+            "--judge cut could not be loaded",
+        ),
         (
             lambda: encoders.pretrained("bert", "cpu", "--model", "AutoModelForCausalLM"),
             "--model bert could not be loaded",
@@ -177,6 +199,10 @@ def test_what_cannot_be_had_says_why(tmp_path, monkeypatch, call, message, insta
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    if installed and "cut" in message:
+        tiny_t5(tmp_path / "cut")
+        file = tmp_path / "cut" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:2000])
     if not installed:
         message = r"needs \w+: pip install"
         for module in ("transformers", "diffusers"):

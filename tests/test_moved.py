@@ -317,3 +317,33 @@ def test_a_checkpoint_without_its_weights(tmp_path, capsys):
     next(out.glob("checkpoints/*/mp_rank_*")).unlink()
     line = refused(sample_t2i.main, capsys, out, "a ring", "--out", tmp_path / "a.png")
     assert "is damaged: it lacks its file mp_rank_*" in line
+
+
+def test_a_run_that_left_nothing_does_not_take_the_place_of_an_older_one(tmp_path):
+    """The first attempt is good, the second crashes, the third comes."""
+    run, old = tmp_path / "run", tmp_path / "run.old"
+    for name, folder in (("good", old), ("crashed", run)):
+        start.mark(folder, "train_mnist.py")
+        (folder / "log.csv").write_text(name)
+    (old / "checkpoint.pt").write_text("good")
+    start.move_away(run, "train_mnist.py")
+    assert (old / "checkpoint.pt").read_text() == "good" and (run / "log.csv").exists()
+    (run / "model.safetensors").write_text("better")
+    start.move_away(run, "train_mnist.py")
+    assert (old / "model.safetensors").exists() and not run.exists()
+
+
+def test_a_teacher_that_draws_by_heun(tmp_path, capsys):
+    teacher = exported(tmp_path / "run", DIGITS | {"size": 28, "steps": 4, "solver": "heun"})
+    line = refused(distill.main, capsys, teacher, "--device", "cpu", "--out", tmp_path / "a")
+    assert "draws with heun: must be euler or rf_solver" in line
+
+
+def test_a_table_of_the_users_that_looks_like_a_score(tmp_path, capsys):
+    run, table = exported(tmp_path / "run", SHAPES), tmp_path / "a.csv"
+    table.write_text("name,run,steps,lr\n1,2,3,4\n")
+    how = [run, "--score", "--per-tag", 1, "--steps", 1, "--out", tmp_path / "a.png"]
+    assert "a.csv would be overwritten" in refused(sample_t2i.main, capsys, *how)
+    table.unlink()
+    for _ in range(2):  # ours is written anew
+        call(sample_t2i.main, *how)

@@ -349,6 +349,21 @@ def test_labels_become_captions(tmp_path, make, names):
     assert sorted(captions(tmp_path / "data").values()) == [[name] for name in names for _ in "12"]
 
 
+def test_cells_of_a_csv_are_words(tmp_path):
+    """007 is a name, 12 a caption, and true says that a row is held out."""
+    lines = ["file_name,label,text,kept"]
+    for i in range(6):
+        picture(i, [(16, 16)]).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,00{i},{10 + i},{'True' if i == 2 else ('', 'false')[i % 2]}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    run(tmp_path / "rows.csv", tmp_path / "a", "--label", "label", "--label-template", "{}")
+    assert captions(tmp_path / "a") == {i: [f"00{i}"] for i in range(6)}
+    run(tmp_path / "rows.csv", tmp_path / "b", "--held", "kept")
+    found = prepared(tmp_path / "b")
+    assert {i: row["captions"] for i, row in found.items()} == {i: [f"{10 + i}"] for i in range(6)}
+    assert [i for i, row in found.items() if row["split"] == "validation"] == [2]
+
+
 # --- encoders ------------------------------------------------------------------------------------
 
 

@@ -560,14 +560,28 @@ def test_what_a_machine_lacks(tmp_path, capsys, monkeypatch):
     assert "deepspeed is not installed: pip install -r requirements.txt" in refused(t2i, capsys)
 
 
-@pytest.mark.parametrize("key", ["elasticity", "nebula"])
-def test_what_deepspeed_refuses_ends_in_one_line(tmp_path, capsys, key):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"csv_monitor": {"enabled": "perhaps"}}, "is refused by DeepSpeed: "),
+        ({"gradient_cliping": 0.1}, "gradient_cliping is not known here: take it out"),
+        ({"elasticity": {"enabled": True}}, "elasticity is not known here"),
+        ({"optimizer": {"type": "SGD"}}, '"optimizer" is not supported here'),
+        ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" is not supported here'),
+        ({"gradient_clipping": float("nan")}, '"gradient_clipping" nan must be'),
+        ({"gradient_clipping": -1}, '"gradient_clipping" -1 must be at least 0'),
+        ({"gradient_clipping": "1.0"}, '"gradient_clipping"'),
+        ({"gradient_clipping": None}, '"gradient_clipping"'),
+        ({"steps_per_print": 0}, '"steps_per_print" 0 must be at least 1'),
+        ({"communication_data_type": "fp16"}, '"communication_data_type" must be fp32 or bf16'),
+        ({"zero_optimization": {"stage": True}}, '"stage" True must be 1 or 2'),
+    ],
+)
+def test_what_a_ds_config_may_not_say(tmp_path, capsys, change, message):
     path = tmp_path / "ds.json"
-    text = json.loads(Settings.ds_config.read_text()) | {key: {"enabled": True}}
-    path.write_text(json.dumps(text))
-    assert f"{path} is refused by DeepSpeed: " in refuses(
-        capsys, tmp_path / "run", "--ds-config", path
-    )
+    path.write_text(json.dumps(json.loads(Settings.ds_config.read_text()) | change))
+    line = refuses(capsys, tmp_path / "run", "--ds-config", path)
+    assert str(path) in line and message in line
 
 
 def of_other_rows(file):
@@ -605,6 +619,34 @@ def test_a_folder_with_a_run_is_overwritten_only_when_all_is_well(done, few, tmp
     assert saved(out) == [20] and [path.stem for path in (out / "strips").iterdir()] == [
         f"{20:012d}"
     ]
+
+
+def linked(path):
+    """The folder lies elsewhere, and a link stands in its place."""
+    path.rename(elsewhere := path.parents[2] / f"elsewhere-{path.name}")
+    path.symlink_to(elsewhere)
+    return elsewhere
+
+
+@pytest.mark.parametrize(
+    "jam",
+    [
+        lambda folder: linked(folder / f"{40:012d}"),
+        lambda folder: (folder / "partial").write_text("a file"),
+        lambda folder: (folder / "partial").symlink_to(folder.parent),
+        lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),
+    ],
+)
+def test_what_stands_in_the_way_of_a_checkpoint(done, tmp_path, jam):
+    out = shutil.copytree(done, tmp_path / "run")
+    jam(out / "checkpoints")
+    before = {path for path in out.iterdir() if path.name != "checkpoints"}
+    how = ["--resume", "--threads", 1, "--samples", 88, "--keep", 1, "--out", out]
+    call(t2i, *how)
+    assert saved(out) == [88] and (out / "checkpoints" / "latest").read_text() == f"{88:012d}"
+    assert before <= set(out.iterdir())  # what a link leads to is not ours to delete
+    elsewhere = out / f"elsewhere-{40:012d}"
+    assert not elsewhere.exists() or (elsewhere / "run.json").exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(done, tmp_path, capsys):

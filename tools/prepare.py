@@ -47,6 +47,7 @@ from typing import Annotated, NamedTuple
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
@@ -172,6 +173,9 @@ def open_source(args: Reading) -> Source:
     elif path.is_dir():
         return read_folder(path)
     try:
+        if options.get("path") == "csv":  # all cells are words: the label 007 is not 7
+            header = pandas.read_csv(files[0], nrows=0).columns
+            options["features"] = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
         table = datasets.load_dataset(**options, streaming=args.streaming)
         table = table if table.features else table._resolve_features()
     except Exception as error:  # of `datasets`, pyarrow, the hub or the file system
@@ -408,8 +412,11 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             said = [caption(row, column, args, label) for column in captions]
             if not any(said):
                 raise ValueError("no caption")
-            if row.get(args.held) not in (True, False, None):
-                raise ValueError(f"{args.held} {row[args.held]!r:.80} must be true or false")
+            kept = row.get(args.held)
+            if isinstance(kept, str):  # of a CSV
+                kept = {"true": True, "false": False, "": None}.get(kept.lower(), kept)
+            if kept not in (True, False, None):
+                raise ValueError(f"{args.held} {kept!r:.80} must be true or false")
             if args.latent:
                 image = latent(row[args.latent], args)
             else:
@@ -423,7 +430,7 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
         turn, late = divmod(place, EVERY)
         held = late == EVERY - 1 and turn < args.validation
         if args.held:
-            turn, held = place, row.get(args.held)
+            turn, held = place, kept
         split, t_index = ("validation", turn % TIMES) if held else ("train", 0)
         where = (split, *(side * factor for side in image.shape[-2:]))
         return {"row": number, "image": image, "captions": said, "t_index": t_index, "where": where}
