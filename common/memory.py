@@ -12,15 +12,19 @@ section 5.2) keeps on each GPU, in bytes:
     optimizer     4·N/W    fp32 weights
     moments       8·N/W    Adam's two, fp32; 4 for the M weights that Muon moves (common/muon.py)
     averages      8·N/W    two fp32 states beside Adam's (rf.keep_averages)
-    reduction     2·b·B, or (2·b + r)·B if r differs from b: the bucket, a flat copy of what is in
-                  it, and that in the other dtype; b·B more with "overlap_comm", a second bucket
+    bucket        b·B, of gradients on their way; twice that with "overlap_comm"
     activations   what the forward pass keeps for the backward pass, not compiled; compiled blocks
                   keep about a fifth less. With --recompute blocks: the inputs of all blocks, the
                   last block's own, and what lies outside blocks
+    update        what comes later and needs more than the activations did, of which it takes the
+                  place: the larger of
+                  - a flat copy of the bucket, b·B, and one of r·B if r differs from b; when the
+                    bucket is full, the share B/N of the activations is free
+                  - Muon's 20·M/W: directions and products of the matrices that it moves
 
 Not counted: CUDA, NCCL and cuBLAS (2 to 3 GiB), the gradients of the block under way (of its
-activations, and b times its weights), the text encoder and the VAE, and the about 20·M/W bytes with
-which Muon works when the activations are gone.
+activations, and b times its weights), the text encoder and the VAE. Held against real steps on
+CPU ranks (tests/plan_bytes.py): docs/gpu.md.
 """
 
 import torch
@@ -51,6 +55,13 @@ def needs(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, d
     images: of one pass, each of these sides (h, w) as the network sees it. settings: options of a
     program, among them precision, recompute and text_tokens. ds: ds_config.json.
     """
+    fixed, kept, later = counted(images, config, settings, gpus, sides, ds)
+    return fixed | {"activations": kept, "update": max(0, later(kept) - kept)}
+
+
+def counted(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, ds: dict):
+    """→ bytes that are there all the time; activations; what they are → the most that comes later
+    in their place."""
     dtype = DTYPES[settings.precision]
     with FakeTensorMode():  # shapes and dtypes without memory
         model = MMDiT(config)
@@ -62,16 +73,17 @@ def needs(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, d
     N, b, zero = model.n_parameters(), dtype.itemsize, ds["zero_optimization"]
     r = DTYPES.get(ds.get("communication_data_type"), dtype).itemsize
     M = sum(p.numel() for name, p in model.named_parameters() if model.role(name) == "hidden")
-    buckets = 1 + bool(zero.get("overlap_comm"))
-    return {
+    B = bucket_size(ds, N)
+    fixed = {
         "weights": b * N,
         "gradients": (8 + b) * N if zero.get("stage") == 1 else 4 * N / gpus,
         "optimizer": 4 * N / gpus,
         "moments": (8 * N - 4 * M) / gpus,
         "averages": 8 * N / gpus,
-        "reduction": ((buckets + 1) * b + (r if r != b else 0)) * bucket_size(ds, N),
-        "activations": kept,
+        "bucket": (1 + bool(zero.get("overlap_comm"))) * b * B,
     }
+    copies = (b + (r if r != b else 0)) * B
+    return fixed, kept, lambda kept: max(copies + kept * (1 - B / N), 20 * M / gpus)
 
 
 def activations(model: MMDiT, images: int, sides: tuple, tokens: int) -> int:
@@ -100,7 +112,7 @@ def largest_pass(free: float, share: int, *where) -> int:
 
     share: a GPU's images of a step; the pass divides it. where: as needs has it.
     """
-    needed = needs(1, *where)
-    each = needed.pop("activations")
-    free -= sum(needed.values())
-    return max((m for m in range(1, share + 1) if share % m == 0 and m * each <= free), default=1)
+    fixed, each, later = counted(1, *where)
+    free -= sum(fixed.values())
+    fitting = (m for m in range(share, 0, -1) if share % m == 0)
+    return next((m for m in fitting if max(m * each, later(m * each)) <= free), 1)
