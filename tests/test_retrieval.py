@@ -1,7 +1,9 @@
 """Pictures that are held out by a column, and the score that asks which picture a drawing is."""
 
 import json
+import re
 from math import isnan
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +169,28 @@ def test_digits_have_their_nearest_too(tmp_path):
     how = ["--data-dir", tmp_path / "data", "--nearest", "--out", tmp_path / "a.png"]
     call(sample_t2i.main, tmp_path / "run", "3", "--images", 1, *how)
     assert (tmp_path / "a_nearest.png").exists()
+
+
+def test_the_lines_of_the_docs_make_a_source(tmp_path, monkeypatch):
+    """On an emoji.json of the package's form, with pictures of its size."""
+    text = (Path(__file__).parents[1] / "docs/emoji.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    home, names = tmp_path / "node_modules/emoji-datasource-twitter", []
+    (home / "img/twitter/64").mkdir(parents=True)
+    for name in ("PIZZA", *(f"WOMAN {i}" for i in range(10))):
+        codes = [] if name == "PIZZA" else [*(f"1F3F{c}" for c in "BCDEF"), "1F3FB-1F3FC"]
+        files = [f"{name}-{code}.png" for code in ["", *codes]]
+        for file in files:
+            picture(len(file), [(64, 64)]).save(home / "img/twitter/64" / file)
+        variants = {c: {"image": f} for c, f in zip(codes, files[1:], strict=True)}
+        names.append({"name": name, "image": files[0], "skin_variations": variants})
+    (home / "emoji.json").write_text(json.dumps(names))
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    run(home, tmp_path / "data", "--held", "held", "--caption", "text:2", "other:1", "--size", 32)
+    found = list(prepared(tmp_path / "data").values())
+    words = {tuple(filter(None, row["captions"])) for row in found}
+    assert len(words) == 1 + 10 * 6 and ("pizza",) in words and ("woman 3",) in words
+    assert ("woman 3: medium-dark skin tone", "medium-dark skin tone woman 3") in words
+    held = [row["captions"][0] for row in found if row["split"] == "validation"]
+    assert 2 < len(held) < 25 and all("skin tone" in caption for caption in held)
