@@ -331,9 +331,10 @@ def test_a_chunk_that_was_deleted_is_made_again(home, tmp_path, capsys):
     for name in ("prepare.json", "manifest.json"):  # it was killed while it wrote them
         (out / "manifest.json").unlink(missing_ok=True)
         for folder, owner in ((out, ended.pid), (out / "chunks", ended.pid), (out, os.getppid())):
-            (folder / f".{name}.{owner}").write_bytes(b"half")
+            (folder / f".{name}.{owner}.part").write_bytes(b"half")
         call(prepare.main, *how)
-        (out / f".{name}.{os.getppid()}").unlink()  # a process that is there may still write it
+        # a process that is there may still write it
+        (out / f".{name}.{os.getppid()}.part").unlink()
         assert content(out) == before
     (out / "prepare.json").unlink()
     assert "has chunks, but no prepare.json" in refused(prepare.main, capsys, *how)
