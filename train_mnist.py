@@ -514,10 +514,11 @@ def main(argv: list[str] | None = None):
     model, adamw = build(settings, rows, state, device)
     # 4. The folder. A dry run takes a temporary one, so it does not touch a run in --out.
     where = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out)
-    if settings.overwrite and not settings.dry_run and finished:
+    if settings.dry_run:
+        before = None  # the temporary folder is new
+    elif settings.overwrite and finished:
         move_away(out, "train_mnist.py", before)
-    if settings.overwrite or settings.dry_run:
-        before = None
+        before = []
     with where as folder, owned(Path(folder), "train_mnist.py", before=before) as folder:
         log = Log(folder / "log.csv", LOG_EVERY)
         log.rows = list(state.get("log", []))  # later rows are dropped: their steps are made again
