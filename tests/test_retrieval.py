@@ -71,6 +71,22 @@ def test_a_column_that_says_neither_yes_nor_no(home, tmp_path, capsys):
     assert "has no column kept" in line and "or --held" in line
 
 
+def test_a_nested_column_holds_out_too_and_one_that_holds_nothing_is_refused(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    lines = []
+    for i in range(4):
+        picture(i, [(20, 20)]).save(tmp_path / f"a/{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": f"a {i}", "of": {"held": i == 2}})
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run(tmp_path / "a", tmp_path / "out", *OPTIONS, "--held", "of.held")
+    rows = json.loads((tmp_path / "out/manifest.json").read_text())["rows"]
+    assert (rows["train"], rows["validation"]) == (3, 1)
+    how = [tmp_path / "a", "--out", tmp_path / "none", *OPTIONS]
+    line = refused(prepare.main, capsys, *how, "--held", "of.kept")
+    assert "--held of.kept is true in no row" in line
+    assert not (tmp_path / "none/manifest.json").exists()
+
+
 def test_words_are_the_same_before_a_colon_or_a_comma():
     text = HashText(tokens=4)
     assert torch.equal(text.vector("thing"), text.vector("thing"))

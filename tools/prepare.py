@@ -337,15 +337,21 @@ def fit(image: Image.Image, buckets: list[tuple[int, int]], max_upscale: float) 
 # ------------------------------------------------------------------------------------------------
 
 
+def cell(row: dict, column: str):
+    """row["json"]["caption"] for the column "json.caption"; None where there is none."""
+    value = row.get(column)
+    if value is None:
+        value = reduce(lambda inner, key: (inner or {}).get(key), column.split("."), row)
+    return value
+
+
 def caption(row: dict, column: str, args, label) -> str | None:
     """What a caption column says; None if it is missing or empty. label: the type of --label.
 
     A label becomes a sentence (--label-template): text encoders have read sentences, not class
     names.
     """
-    value = row.get(column)
-    if value is None:  # row["json"]["caption"] for the column "json.caption"
-        value = reduce(lambda inner, key: (inner or {}).get(key), column.split("."), row)
+    value = cell(row, column)
     if isinstance(value, Path):
         value = value.read_text(encoding="utf-8-sig") if value.is_file() else None
     if column == args.label and value is not None:
@@ -412,7 +418,7 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             said = [caption(row, column, args, label) for column in captions]
             if not any(said):
                 raise ValueError("no caption")
-            kept = row.get(args.held)
+            kept = cell(row, args.held) if args.held else None
             if isinstance(kept, str):  # of a CSV
                 kept = {"true": True, "false": False, "": None}.get(kept.lower(), kept)
             if kept not in (True, False, None):
@@ -607,6 +613,10 @@ def finish(files: list[Path], facts: dict) -> dict:
     if not buckets:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in left_out[:3])
         raise ValueError(f"no row is left to train on; {len(left_out)} left out: {reasons}")
+    if facts["held"] and not counts["validation"]:
+        raise ValueError(
+            f"--held {facts['held']} is true in no row: give another column, and another --out"
+        )
     manifest = facts | {
         "rows": {k: counts[k] for k in ("train", "validation", "bad", "small", "dropped")},
         "buckets": [{"height": h, "width": w, "rows": n} for (h, w), n in sorted(buckets.items())],
