@@ -38,9 +38,9 @@ from torch import Tensor
 import rf
 from common import pictures
 from common.auraflow import check, save_diffusers, save_pipeline
-from common.evaluate import Gallery, retrieved
 from common.log import write_rows
 from common.pipeline import Pipeline, Sampling
+from common.retrieval import Gallery, beside_nearest, retrieved
 from common.settings import Parted, option, parse
 from common.start import MARK, claim, owned, program, read_lines, write_all, write_whole
 from inputs.encoders import VAE, HuggingFaceText
@@ -214,9 +214,6 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
         print(f"wrote {args.out}")
 
 
-NEAREST = 4  # pictures of training beside a drawing
-
-
 def nearest_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_nearest.png")
 
@@ -225,18 +222,6 @@ def gallery(pipeline: Pipeline, args: Settings) -> Gallery:
     """All pictures of the run's data."""
     names = shlex.split(pipeline.facts["source"])
     return Gallery(open_rows(names, data_dir=args.data_dir).sources, pipeline.image)
-
-
-def beside_nearest(known: Gallery, drawn: Tensor, captions: list[str], path: Path):
-    """A sheet that shows whether the network repeats what it saw: first the drawing, then the
-    pictures of training that are nearest to it, each under its caption."""
-    shown, said = [], []
-    for picture, caption in zip(drawn, captions, strict=True):
-        numbers = known.nearest(picture[None], NEAREST, learned=True)[0].tolist()
-        shown += [picture[None], known.pictures(numbers, picture.shape[1:])]
-        said += [f"drawn: {caption}", *(known.captions[i] for i in numbers)]
-    pictures.captioned(torch.cat(shown), said, path, NEAREST + 1)
-    print(f"wrote {path}")
 
 
 def score(pipelines: dict[str, Pipeline], args: Settings):

@@ -55,7 +55,7 @@ from inputs import digits
 from inputs.encoders import Ragged, TextFormat, image_encoder, text_encoder
 from inputs.shapes import MAX_WORDS, Shapes, World
 
-SCHEMA = 3  # of prepared folders and pairs: a run refuses another one
+SCHEMA = 4  # of prepared folders and pairs: a run refuses another one
 SHAPES_HELD, DIGITS_HELD, PAIRS_HELD = 512, 1000, 512  # rows for the validation loss, at most
 TIMES = 8  # the validation loss is asked at t = 0, 1/8, …, 7/8
 
@@ -421,6 +421,11 @@ def row_checks(place: tuple, image: bytes, captions: list, text: list, t_index: 
     return [checksum(image, words), *(checksum(x or b"") for x in text)]
 
 
+def checks_check(column) -> int:
+    """The checksum of a chunk's column "checks", as Arrow holds it."""
+    return checksum(column.flatten().to_numpy())
+
+
 @dataclass(frozen=True)
 class StoredImage(Checked):
     kind: Annotated[str, rule(choices=("pixels", "moments", "latents"))]
@@ -439,6 +444,7 @@ class Chunk(Checked):
     file: str
     bytes: Count
     crc32: Natural
+    checks: Natural  # the checksum of the column "checks": so the rows are those that were listed
 
 
 @dataclass(frozen=True)
@@ -590,6 +596,8 @@ class PreparedFolder(Source):
                     listed = self.counts[chunk]
                     raise ValueError(f"{table.num_rows} rows, the manifest has {listed}")
                 columns = {n: table.column(n).chunk(0) for n in table.column_names}
+                if checks_check(columns["checks"]) != self.manifest["chunks"][chunk]["checks"]:
+                    raise ValueError("its rows are not those that the manifest lists")
             except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors, too
                 raise self.broken(path, error) from error
             self.tables[chunk] = columns

@@ -1,5 +1,6 @@
 """tools/dedup.py and tools/recaption.py: what they write, and what prepare makes of it."""
 
+import json
 import shutil
 
 import pyarrow.parquet
@@ -70,6 +71,18 @@ def test_duplicates_against_a_naive_search(monkeypatch):
         else:
             kept.append(i)
     assert dedup.duplicates(vectors, 0.999) == found and 100 < len(found) < 2400
+
+
+def test_a_picture_that_has_changed_since_is_not_dropped_as_a_copy(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "dups.parquet"
+    pictures(source, 6, lines=[{"file_name": "copy.png", "text": "again"}])
+    shutil.copy(source / "0.png", source / "copy.png")
+    table(dedup, source, out)
+    Image.new("RGB", (20, 20), "red").save(source / "copy.png")  # another picture, no copy
+    run(source, tmp_path / "data", "--with", out, "--bad-limit", 1)
+    entries = [json.loads(file.read_text()) for file in (tmp_path / "data").glob("chunks/*.json")]
+    (bad,) = [row for entry in entries for row in entry["left_out"]]
+    assert bad["name"] == "copy.png" and "has changed since --with was made" in bad["reason"]
 
 
 def test_copies_are_found_to_the_last_and_pictures_of_one_colour(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
 
 from inputs.encoders import VAE, HashText, text_encoder
+from inputs.rows import Damaged, PreparedFolder
 from rf import mix_seed
 from tools import dedup, prepare
 
@@ -272,6 +274,21 @@ def write_whole(path, content):
 prepare.write_whole = write_whole
 prepare.main(sys.argv[1:])
 """
+
+
+def test_a_chunk_of_the_same_command_over_other_captions_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for word in ("red", "tan"):  # as long, so that the chunks are, too
+        for i in range(8):
+            picture(i, [(20, 20)]).save(source / f"{i}.png")
+            (source / f"{i}.txt").write_text(f"{word} {i}")
+        run(source, tmp_path / word, "--chunk-rows", 4)
+    shutil.copy(tmp_path / "red/chunks/00001.arrow", tmp_path / "tan/chunks")
+    folder = PreparedFolder(str(tmp_path / "tan"), None)
+    folder.table(0)
+    with pytest.raises(Damaged, match="not those that the manifest lists"):
+        folder.table(1)
 
 
 def test_kills_and_parts_change_no_byte(tmp_path):

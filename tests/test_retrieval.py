@@ -13,7 +13,7 @@ from test_prepare import OPTIONS, captions, picture, prepared, run
 from torchvision.transforms.functional import pil_to_tensor
 
 import sample_t2i
-from common.evaluate import Gallery, retrieved
+from common.retrieval import Gallery, retrieved
 from inputs.encoders import HashText, image_encoder
 from inputs.rows import PreparedFolder
 from tools import prepare

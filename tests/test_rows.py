@@ -362,9 +362,9 @@ def test_rows_that_do_not_fit(home, monkeypatch, data, typed, message):
     [
         ("manifest", "", ""),
         ("manifest", "[]", ""),
-        ("manifest", '{"schema": 3}', '"size" is missing'),
+        ("manifest", '{"schema": 4}', '"size" is missing'),
         ("manifest", "[" * 100_000, "recursion"),
-        ("pairs", '{"schema": 3}', '"facts" is missing'),
+        ("pairs", '{"schema": 4}', '"facts" is missing'),
     ],
 )
 def test_broken_headers(tmp_path, name, content, message):
@@ -375,7 +375,7 @@ def test_broken_headers(tmp_path, name, content, message):
         opened(tmp_path)
     assert "\n" not in str(told.value)
     (tmp_path / f"{name}.json").write_text('{"schema": 9}')
-    with pytest.raises(ValueError, match='"schema" 9 must be one of 3: make it again'):
+    with pytest.raises(ValueError, match='"schema" 9 must be one of 4: make it again'):
         opened(tmp_path)
 
 

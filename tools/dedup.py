@@ -89,10 +89,11 @@ def main(argv: list[str] | None = None):
     device = choose_device(args.device)
     source = open_source(args)
     embed = pixels if args.model == "pixels" else image_features(args.model, device)
-    rows, vectors = [], []
+    rows, lengths, vectors = [], [], []
     for batch in pictures(source, args):
-        numbers, images = zip(*batch, strict=True)
+        numbers, bytes_, images = zip(*batch, strict=True)
         rows += numbers
+        lengths += bytes_
         vectors.append(normalize(embed(list(images)).float(), dim=1))
     if not rows:
         raise ValueError(f"SOURCE {args.source} has no image that can be read")
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None):
     found = [gone.get(i) for i in range(len(rows))]
     table = {
         "row": rows,
+        "image_bytes": lengths,
         "drop": [f is not None for f in found],
         "repeats": [f and rows[f[0]] for f in found],
         "cosine": [f and f[1] for f in found],

@@ -71,7 +71,16 @@ from common.settings import (
 )
 from common.start import begin, choose_device, claim, line_of, mark, program, sweep, write_whole
 from inputs.encoders import TextFormat, image_encoder, text_encoder
-from inputs.rows import SCHEMA, TIMES, Chunk, PreparedFolder, Range, manifest_check, row_checks
+from inputs.rows import (
+    SCHEMA,
+    TIMES,
+    Chunk,
+    PreparedFolder,
+    Range,
+    checks_check,
+    manifest_check,
+    row_checks,
+)
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")  # if none has the type
@@ -118,15 +127,18 @@ class Source(NamedTuple):
     id: int  # rows have the same numbers while it is the same; 0: unknown, of the hub
     named: bool  # whether `image` holds names of files
 
-    def picture(self, row: dict) -> Image.Image:
-        """A row's image, upright (phones store them sideways), in RGB."""
+    def file(self, row: dict) -> bytes:
+        """A row's image, as it is stored."""
         cell = row[self.image]
         if isinstance(cell, dict):
             cell = cell["bytes"] or cell["path"]
         if not cell:
             raise ValueError("no image")
-        file = io.BytesIO(cell) if isinstance(cell, bytes) else self.folder / cell
-        with Image.open(file) as image:
+        return cell if isinstance(cell, bytes) else (self.folder / cell).read_bytes()
+
+    def picture(self, row: dict) -> Image.Image:
+        """A row's image, upright (phones store them sideways), in RGB."""
+        with Image.open(io.BytesIO(self.file(row))) as image:
             if image.mode[0] in "IF":  # Pillow would cut 16 bits or floats off at 255
                 raise ValueError(f"image of mode {image.mode}, must have 8 bits")
             image = ImageOps.exif_transpose(image)
@@ -261,13 +273,14 @@ def blocks(table, size: int, seed: int):
 
 
 def pictures(source: Source, args):
-    """For dedup and recaption: lists of (row number, image), a batch each, without the bad ones."""
+    """For dedup and recaption: lists of (row number, bytes of its file, image), a batch each,
+    without the bad ones."""
 
     def read(item):
         with suppress(Exception):
             image = source.picture(item[1])
             image.thumbnail((SIDE, SIDE))
-            return item[0], image
+            return item[0], len(source.file(item[1])), image
 
     rows = enumerate(tqdm(source.table, unit="row"))
     with ThreadPoolExecutor(args.workers) as pool:
@@ -412,6 +425,9 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             name = str(row.get("file_name") or row.get("__key__") or name)
             if not isinstance(more.get("drop"), bool | None):
                 raise ValueError(f"drop {more['drop']!r} of --with must be true or false")
+            length = more.get("image_bytes")  # of dedup and recaption
+            if length is not None and length != len(source.file(row)):
+                raise ValueError("its image has changed since --with was made: make that again")
             if more.get("drop"):
                 raise Dropped("--with says drop")
             row = row | more
@@ -587,6 +603,7 @@ def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str, f
         "file": f"chunks/{file.stem}.arrow",
         "bytes": len(content),
         "crc32": zlib.crc32(content),
+        "checks": checks_check(batch.column("checks")),
         "ranges": ranges,
         "left_out": left_out,
     }
