@@ -323,12 +323,9 @@ def program(name: str):
     def decorate(main):
         @functools.wraps(main)
         def run(argv: list[str] | None = None):
-            for stream in ("stdout", "stderr"):  # None if it was closed: >&-
-                setattr(
-                    sys,
-                    stream,
-                    getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"),
-                )
+            if None in (sys.stdout, sys.stderr):  # one was closed: >&-
+                nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+                sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
             rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
             try:
                 return main(argv)
