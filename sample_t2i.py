@@ -154,7 +154,8 @@ def of_others(folder: Path, metadata: bytes) -> list[Path]:
     file = folder / "metadata.jsonl"
     if file.exists() and file.read_bytes() == metadata:
         return []
-    return [f for f in folder.iterdir() if re.fullmatch(r"\d{5,}-\d{4,}\.png", f.name)]
+    names = (f for f in folder.iterdir() if re.fullmatch(r"\d{5,}-\d{4,}\.png", f.name))
+    return [f for f in names if pictures.SIGN in f.read_bytes()]
 
 
 def paint(pipeline: Pipeline, captions: list[str], args: Settings):
@@ -201,6 +202,8 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
             for row, picture in zip(rows, final, strict=True)
         }
         older = of_others(args.folder, metadata)
+        if older and part:  # begun meanwhile
+            raise ValueError(f"{args.folder} has become that of another command: choose an --out")
         write_all(drawn | {args.folder / "metadata.jsonl": metadata})
         for file in {*older} - drawn.keys():
             file.unlink()
@@ -219,9 +222,12 @@ def nearest_path(out: Path) -> Path:
 
 
 def gallery(pipeline: Pipeline, args: Settings) -> Gallery:
-    """All pictures of the run's data."""
+    """All pictures of the run's data. ValueError if they are not those that it learned from."""
     names = shlex.split(pipeline.facts["source"])
-    return Gallery(open_rows(names, data_dir=args.data_dir).sources, pipeline.image)
+    rows = open_rows(names, data_dir=args.data_dir)
+    if rows.id != pipeline.facts["rows"]:
+        raise ValueError(f"{' '.join(names)} holds other rows than {args.run} was trained on")
+    return Gallery(rows.sources, pipeline.image)
 
 
 def score(pipelines: dict[str, Pipeline], args: Settings):

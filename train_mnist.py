@@ -503,9 +503,7 @@ def main(argv: list[str] | None = None):
     # 2. Combine the settings of the command line, the checkpoint and the data; open the data.
     recipe = RECIPES["cpu" if device.type == "cpu" else "gpu"]
     saved = state.get("settings", {})
-    settings, rows = settle_run(Settings, typed, saved, device, lambda preset: recipe)
-    if state and state["rows"] != rows.id:
-        raise ValueError(f"the run in {out} was trained on other rows: give its --data")
+    settings, rows = settle_run(Settings, typed, state, device, lambda preset: recipe)
     if settings.dry_run:  # all that a real run does, with one step
         settings = replace(settings, steps=1, sample_steps=1)
     # 3. Network and optimizer. Nothing is deleted or written yet: a preset that does not fit the

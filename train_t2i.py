@@ -456,7 +456,14 @@ def start_ranks(threads: int | None = None) -> Ranks:
     begin(device)
     # DeepSpeed ends a save with a barrier on the GPUs, in which all wait for the slowest disk: its
     # own limit of ten minutes would end a run with a large checkpoint.
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    except RuntimeError as error:
+        if "extension" not in str(error):
+            raise
+        raise ValueError(
+            f"DeepSpeed cannot compile its operators, is g++ there? {line_of(error)}"
+        ) from error
     # A second group of all ranks, with gloo, for tensors and objects in host memory: it never waits
     # for a GPU.
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
@@ -1121,9 +1128,7 @@ def launch(typed: dict):
     saved = record["settings"] if record else {}
     # The default of --precision depends on the machine, but a resumed run keeps what it had.
     own = [{"precision": "bf16" if native_bf16(device) else "fp32"}]
-    settings, rows = settle_run(Settings, typed, saved, device, recipe_of, stage, own)
-    if record and record["rows"] != rows.id:
-        raise ValueError(f"the run in {out} was trained on other rows: give its --data")
+    settings, rows = settle_run(Settings, typed, record or {}, device, recipe_of, stage, own)
     # The last step may go beyond --samples: what is not changed is never too little.
     if record and settings.samples < min(record["samples"], saved["samples"]):
         raise ValueError(

@@ -9,7 +9,7 @@ the bar    loss, gradient norm, images/s, TFLOP/s, MFU, time left
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -136,17 +136,22 @@ def write_rows(path: Path | None, rows: list[dict]):
         write_whole(path, text.getvalue().encode())
 
 
+def check_table(path: Path, columns: Iterable[str]) -> bool:
+    """Whether the table must be begun. ValueError if it is cut, or has other columns."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with open(path, "rb") as file:
+        head = file.readline().decode(errors="replace").strip().split(",")
+        file.seek(-1, 2)
+        if head != [*columns] or file.read() != b"\n":
+            raise ValueError(f"{path} is cut, or holds other columns: move it away")
+    return False
+
+
 def append_row(path: Path | None, row: dict):
     if path is not None:
         still_there(path)
-        new = not path.exists() or path.stat().st_size == 0
-        if not new:
-            with open(path, "rb") as file:
-                head = file.readline().decode().strip().split(",")
-                file.seek(-1, 2)
-                whole = file.read() == b"\n"
-            if head != list(row) or not whole:
-                raise ValueError(f"{path} is cut, or holds other columns: move it away")
+        new = check_table(path, row)
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, row.keys())
             if new:

@@ -38,13 +38,20 @@ from common.settings import (
 )
 from common.start import begin, choose_device, intact
 from inputs.digits import SOURCES
-from inputs.encoders import VAE, HuggingFaceText, TextFormat, image_encoder, text_encoder
+from inputs.encoders import (
+    VAE,
+    HuggingFaceText,
+    TextFormat,
+    image_encoder,
+    same_models,
+    text_encoder,
+)
 from inputs.rows import Facts, open_rows
 from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
 AURAFLOW = {"size": 1024, "cfg": 3.5, "cfg_below": 1.0, "steps": 50, "shift": 1.73, "shapes": 0}
-AURAFLOW |= {"solver": "euler", "source": "AuraFlow"}
+AURAFLOW |= {"solver": "euler", "source": "AuraFlow", "rows": "", "models": []}
 HOW = ("cfg", "cfg_below", "steps", "shift", "solver")  # of rf.sample: a run has its own values
 FROM_INIT = (  # what a run takes over from the one it starts from
     "preset",
@@ -176,6 +183,7 @@ class Pipeline:
         tokens, words = facts["text_tokens"], facts["words"]
         text = text_encoder(facts["text_encoder"], tokens, device, words, dtype)
         image = image_encoder(facts["vae"], device, facts["channels"])
+        same_models(facts["models"], text, image)
         seen = (model.config.text_dim, model.config.in_channels)
         if seen != (text.dim, image.channels):
             raise ValueError(f"{path} is damaged: its facts and its network do not fit each other")
@@ -277,7 +285,11 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
     facts["text_format"] = asdict(rows.text) if isinstance(rows.text, TextFormat) else None
     facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}
-    return facts | {"source": shlex.join(map(str, settings.data))}
+    return facts | {
+        "source": shlex.join(map(str, settings.data)),
+        "rows": rows.id,
+        "models": rows.models,
+    }
 
 
 def drop_export(out: Path):
@@ -297,15 +309,16 @@ def natural_shift(vae: str, size: int) -> float:
 
 
 def settle_run(
-    cls: type, typed: dict, saved: dict, device, recipe_of: Callable, stage=None, own=()
+    cls: type, typed: dict, begun: dict, device, recipe_of: Callable, stage=None, own=()
 ) -> tuple:
     """→ the settings and the rows of a run, for both trainers.
 
-    typed: the command line. saved: settings of the run to resume, or {}. recipe_of: preset → its
-    defaults. own: further defaults of the trainer's.
+    typed: the command line. begun: "settings" and "rows" (a checksum) of the run to resume, or {}.
+    recipe_of: preset → its defaults. own: further defaults of the trainer's.
     A run that starts from another takes its network and encoders, and its time shift, made fit for
     the new size (natural_shift).
     """
+    saved = begun.get("settings", {})
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
@@ -325,6 +338,8 @@ def settle_run(
         seed=known.get("seed", 0),
         stage=stage,
     )
+    if begun and begun["rows"] != rows.id:
+        raise ValueError(f"the run in {out} was trained on other rows: give its --data")
     older = {key: init[key] for key in FROM_INIT if init}
     defaults = [rows.step_defaults(known), rows.defaults, older, *own]
     preset = next((s["preset"] for s in (known, *defaults) if s.get("preset")), None)

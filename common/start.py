@@ -72,8 +72,9 @@ def write_whole(path: Path, content: bytes | memoryview):
 def write_all(contents: dict[Path, bytes | memoryview]):
     """Files that belong together: as write_whole, and if one cannot be written, none is replaced.
 
-    A rename replaces a name in one operation; fsync first, since a file system may otherwise write
-    the name before the content.
+    The last one describes the others. While they are replaced it is not there, so that it never
+    stands beside what it does not describe. A rename replaces a name in one operation; fsync first,
+    since a file system may otherwise write the name before the content.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}{PART}") for path in contents}
     still_there(*contents)
@@ -83,12 +84,15 @@ def write_all(contents: dict[Path, bytes | memoryview]):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        if len(contents) > 1:
+            path.unlink(missing_ok=True)
         for path, file in temporary.items():
             os.replace(file, path)
     except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
         for file in temporary.values():
             file.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def check_free(path: Path):
@@ -97,9 +101,9 @@ def check_free(path: Path):
         raise ValueError(f"--out {path} must be a new file in a folder that is there")
 
 
-def sweep(*folders: Path):
-    """Delete what killed processes of this machine left of write_whole."""
-    for left in (file for folder in folders for file in folder.glob(f".*{PART}")):
+def sweep(folder: Path):
+    """Delete what killed processes of this machine left of write_whole, in its folders, too."""
+    for left in folder.rglob(f".*{PART}"):
         number = left.stem.rpartition(".")[2]
         if number.isdecimal() and len(number) < 10 and os.name == "posix":
             try:

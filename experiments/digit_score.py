@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import rf
 from common.evaluate import frechet_distance
-from common.pictures import save_figure
+from common.pictures import png_path, save_figure
 from common.pipeline import Sampling
 from common.settings import option, parse
 from common.start import program, write_whole
@@ -39,6 +39,7 @@ from inputs.encoders import to_unit
 from mmdit import checksum
 
 STEPS = (1, 2, 4, 8, 16, 32)
+COLUMNS = ("solver", "steps", "evaluations", "recognised", "frechet")
 UNSEEN = 5000  # training images that the CNN never sees: the "real" row comes from them
 
 # ------------------------------------------------------------------------------------------------
@@ -163,7 +164,11 @@ class Settings(Sampling):
 @program("experiments.digit_score")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    pipeline = args.open()
+    pipeline, table = args.open(), Path(args.run) / "digit_score.csv"
+    if not args.quick:
+        png_path(table.with_suffix(".png"), "the plot")
+        if table.exists() and not table.read_bytes().startswith(",".join(COLUMNS).encode()):
+            raise ValueError(f"{table} would be overwritten: move it away")
     name = args.data or pipeline.facts["source"]
     judge = Judge(name, args.data_dir, args.cache, args.samples, pipeline.device, args.seed)
     rows = [("real", "", "", *judge.real)]
@@ -173,13 +178,12 @@ def main(argv: list[str] | None = None):
         score = judge.score(pipeline.draw(judge.captions, judge.noise, **how), judge.labels)
         evaluations = {"euler": steps, "heun": 2 * steps - 1, "rf_solver": 2 * steps}[solver]
         rows.append((solver, steps, evaluations, *score))
-    columns = ("solver", "steps", "evaluations", "recognised", "frechet")
-    table = pd.DataFrame(rows, columns=columns)
-    table["frechet_ratio"] = table.frechet / judge.real[1]
-    print(table.to_string(index=False, float_format="{:.3f}".format))
+    found = pd.DataFrame(rows, columns=COLUMNS)
+    found["frechet_ratio"] = found.frechet / judge.real[1]
+    print(found.to_string(index=False, float_format="{:.3f}".format))
     if not args.quick:
-        write_whole(Path(args.run) / "digit_score.csv", table.to_csv(index=False).encode())
-        plot(table, Path(args.run) / "digit_score.png")
+        write_whole(table, found.to_csv(index=False).encode())
+        plot(found, table.with_suffix(".png"))
         print(f"wrote {args.run}/digit_score.csv and digit_score.png")
 
 

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None):
     init = {} if state else {"init": args.run}
     saved = state.get("settings", {})
     settings, rows = settle_run(
-        train_mnist.Settings, typed | init, saved, device, lambda preset: {}
+        train_mnist.Settings, typed | init, state, device, lambda preset: {}
     )
     if rows.K or facts["steps"] % args.pieces:
         raise ValueError(f"{args.run} learned from pairs: give the run that made them")

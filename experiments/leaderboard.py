@@ -26,9 +26,9 @@ from statistics import mean
 
 import train_mnist
 import train_t2i
-from common.log import append_row
+from common.log import append_row, check_table
 from common.pipeline import Pipeline
-from common.settings import Options, option, parse
+from common.settings import Options, flag, option, parse
 from common.start import begin, choose_device, move_away, program
 from experiments.digit_score import Judge
 from experiments.measure import machine
@@ -37,6 +37,7 @@ from inputs.shapes import World, obeyed, prompts_by_tag, scores
 ROOT = Path(__file__).parents[1]
 NOISES = 5
 PER_TAG = 300
+ROW = ("task", "name", "minutes", "score", "reached", "options", "machine")
 TARGETS = {"digits": "recognised ≥ 0.985, Fréchet / real ≤ 1.5", "shapes": "mean ≥ 0.80"}
 
 
@@ -92,13 +93,14 @@ def main(argv: list[str] | None = None):
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     )
     args = Settings(**parse(Settings, own, __doc__))
-    for word in {"--dry-run", "--help", "-h", "--resume"} & {*rest}:
-        raise ValueError(f"{word} after -- is not a whole run: drop it")
     trainer = train_mnist if args.task == "digits" else train_t2i
     try:  # a mistake shows before an older run is moved away
-        parse(trainer.Settings, rest, "")
+        typed = parse(trainer.Settings, rest, "")
     except SystemExit as ended:
         raise ValueError(f"{' '.join(rest)} after -- is not a whole run: see above") from ended
+    for name in typed.keys() & {"dry_run", "resume", "data", "data_dir", "device", "out"}:
+        raise ValueError(f"{flag(name)} after -- is not for an entry: drop it")
+    check_table(args.table, ROW)  # before the minutes of a run
     if args.out.exists():  # else an older run might be scored
         move_away(args.out, "train_mnist.py" if args.task == "digits" else "train_t2i.py")
     line = command(args, rest)
@@ -108,16 +110,8 @@ def main(argv: list[str] | None = None):
     if done.returncode:
         raise ValueError(f"the trainer ended with status {done.returncode}: see what it said above")
     score, reached = judged(args)
-    row = {
-        "task": args.task,
-        "name": args.name,
-        "minutes": f"{minutes:.1f}",
-        "score": score,
-        "reached": "yes" if reached else "no",
-        "options": " ".join(rest),
-        "machine": machine(),
-    }
-    append_row(args.table, row)
+    done = (f"{minutes:.1f}", score, "yes" if reached else "no", " ".join(rest), machine())
+    append_row(args.table, dict(zip(ROW, (args.task, args.name, *done), strict=True)))
     print(f"{args.task}: {score} after {minutes:.1f} minutes (target: {TARGETS[args.task]})")
     print(f"wrote a row to {args.table}; the run's log is {args.out}/log.csv")
 

@@ -424,6 +424,7 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
         "text_format": asdict(form),
         "null_text": "",
         "vae": "pixels",
+        "models": ["", ""],
         "image": {"kind": "moments", "channels": 4, "factor": 8},
         "captions": [{"column": "text", "weight": 1.0}],
     }

@@ -53,6 +53,9 @@ def load_images(
     return glyphs(60_000, seed=2 * seed), glyphs(10_000, seed=2 * seed + 1)
 
 
+MNIST = "60637407"  # the fingerprint of its training images and labels
+
+
 def fingerprint(dataset: ImageSet) -> str:
     """Eight hexadecimal digits that tell one set of images and labels from another."""
     checksum = zlib.crc32(dataset.images.numpy())
@@ -95,7 +98,13 @@ def load_torchvision(source: str, data_dir: str | Path) -> tuple[ImageSet, Image
             )
         return ImageSet(images, labels, classes, source)
 
-    return image_set(parts[0]), image_set(parts[1])
+    training, test = map(image_set, parts)
+    shapes = {tuple(part.images.shape[1:]) for part in (training, test)}
+    if len(shapes) > 1 or training.images.shape[2] != training.images.shape[3]:
+        raise ValueError(f"{source} in {data_dir} has pictures of {shapes}, must be of one square")
+    if source == "mnist" and fingerprint(training) != MNIST:
+        print(f"{source} in {data_dir} is another set of its form, or damaged", file=sys.stderr)
+    return training, test
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ most of its weights on (latent diffusion, 2112.10752).
 Shapes: B batch, T text tokens, E features, (3, H, W) an image, (C, h, w) what the network sees.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ class Words:
     A class is a caption of one token, so chapter 1 trains the same network as chapter 2.
     """
 
-    name, in_workers, tokens = "words", True, 1
+    name, in_workers, tokens, files = "words", True, 1, ""
 
     def __init__(self, words: list[str]):
         self.words, self.dim = list(words), len(words) + 1
@@ -155,7 +156,7 @@ class HashText:
     The empty caption is all zeros.
     """
 
-    name, in_workers = "hash", True
+    name, in_workers, files = "hash", True, ""
     REACH, ROLL = 3, 7  # words, features
 
     def __init__(self, dim: int = 128, tokens: int = 16):
@@ -197,9 +198,40 @@ class HashText:
         return features.to(device, non_blocking=True)
 
 
+def same_models(made: Sequence[str], *encoders):
+    """ValueError if an encoder's files are not those (files_check) that a run or a folder knew."""
+    for check, encoder in zip(made, encoders, strict=True):
+        if check and check != getattr(encoder, "files", check):
+            raise ValueError(
+                f"{encoder.name} holds another model than before: put back the one that the run or"
+                " the data was made with"
+            )
+
+
+PARTS = ("text_encoder", "tokenizer")  # in the folder of a whole pipeline
+
+
 def inside(name: str, part: str) -> dict:
     """from_pretrained's subfolder, if `name` is the folder of a whole pipeline."""
     return {"subfolder": part} if (Path(name) / part).is_dir() else {}
+
+
+def files_check(name: str, *parts: str) -> str:
+    """Eight hexadecimal digits of a local model's files, "" for a model of the hub.
+
+    A folder may hold another model by now, under the same name. Of each file: its name, its size,
+    and its first and last MiB, where other weights differ.
+    """
+    check, folders = 0, [Path(name, part) for part in parts if Path(name, part).is_dir()]
+    for file in sorted(f for folder in folders or [Path(name)] for f in folder.glob("[!.]*")):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                for place in (0, max(0, size - 2**20)):
+                    opened.seek(place)
+                    check = zlib.crc32(opened.read(2**20), check)
+            check = zlib.crc32(f"{file.name} {size}".encode(), check)
+    return f"{check:08x}" if check else ""
 
 
 class HuggingFaceText:
@@ -225,18 +257,20 @@ class HuggingFaceText:
             ) from error
         classes = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
         try:
-            encoder = inside(name, "text_encoder")
+            encoder = inside(name, PARTS[0])
             kind = AutoConfig.from_pretrained(name, **encoder).model_type
             if kind not in classes:
                 raise ValueError(f"it is a {kind!r} model, must be t5 or umt5")
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **inside(name, "tokenizer"))
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **inside(name, PARTS[1]))
             model = classes[kind].from_pretrained(name, **encoder, dtype=dtype)
             self.model = model.to(device).eval()
+            if not self.length(""):
+                raise ValueError("its tokenizer adds no sign at the end of a text")
         except Exception as error:  # of the hub, of files that are cut, of sizes that differ
             reason = line_of(error)
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
         self.name, self.tokens, self.device = name, tokens, device
-        self.dim = self.model.config.d_model
+        self.dim, self.files = self.model.config.d_model, files_check(name, *PARTS)
 
     def length(self, caption: str) -> int:
         return len(self.tokenizer(caption, verbose=False).input_ids)
@@ -290,7 +324,7 @@ class Pixels:
     channels: 3, or 1 for grey images.
     """
 
-    name, kind, factor, random = "pixels", "pixels", 1, False
+    name, kind, factor, random, files = "pixels", "pixels", 1, False, ""
 
     def __init__(self, channels: int = 3):
         self.channels = channels
@@ -326,6 +360,7 @@ class VAE:
         config = self.model.config
         self.name, self.channels, self.device = name, config.latent_channels, device
         self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.files = files_check(name, "vae")
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
 
     @torch.no_grad()

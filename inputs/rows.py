@@ -52,7 +52,7 @@ import rf
 from common.settings import Checked, Count, Natural, Options, Positive, from_json, option, rule
 from common.start import write_whole
 from inputs import digits
-from inputs.encoders import Ragged, TextFormat, image_encoder, text_encoder
+from inputs.encoders import Ragged, TextFormat, image_encoder, same_models, text_encoder
 from inputs.shapes import MAX_WORDS, Shapes, World
 
 SCHEMA = 4  # of prepared folders and pairs: a run refuses another one
@@ -269,6 +269,7 @@ class Source:
     K = 0  # points of the path besides the data
     dropout = 0.1  # share of captions that are dropped: the unconditional velocity, for guidance
     channels, words, world = 3, (), None
+    models: list | None = None  # what the encoders were that made its features and latents
     format: TextFormat | None = None  # where text features are stored, and
     null: Ragged | None = None  # those of the empty caption
     ranges: tuple[Range, ...] = ()
@@ -457,6 +458,7 @@ class Manifest(Checked):
     text_tokens: Count
     vae: str
     text_format: TextFormat
+    models: list[str]  # of the files of text encoder and VAE (encoders.files_check)
     null_text: str  # the packed features of the empty caption, base64
     image: StoredImage
     captions: list[CaptionColumn]
@@ -502,6 +504,7 @@ class PreparedFolder(Source):
             raise ValueError(f"--data {location} is far away: give --stage, a folder on this disk")
         self.manifest, self.id = read_header(f"{self.location}/manifest.json", Manifest)
         self.format = TextFormat(**self.manifest["text_format"])
+        self.models = self.manifest["models"]
         self.stored, self.tables = self.manifest["image"], {}
         self.ranges = tuple(Range(**r) for r in self.manifest["ranges"])
         chunks, self.counts = self.manifest["chunks"], Counter()
@@ -685,6 +688,8 @@ class Facts(Checked):
     residual: str
     samples: Natural  # seen in training
     source: str  # --data
+    rows: str  # a checksum of what --data was
+    models: list[str]  # of the files of text encoder and VAE (encoders.files_check)
 
 
 @dataclass(frozen=True)
@@ -764,6 +769,7 @@ class PairsFolder(Source):
         self.chunk(len(self.files) - 1)  # the last one has as many as the number says
         run = self.about["facts"]
         self.K, self.channels = self.about["segments"], run["channels"]
+        self.models = run["models"]
         self.words = tuple(run["words"])
         keys = ("size", "text_encoder", "text_tokens", "vae", "shapes", "colors", "places")
         self.facts = {key: run[key] for key in keys} | {"shift": self.about["settings"]["shift"]}
@@ -845,7 +851,7 @@ def open_rows(
     sources = [open_source(name, Path(data_dir), seed, stage) for name in names]
     first = sources[0]
     for name, other in zip(names[1:], sources[1:], strict=True):
-        for what in ("K", "facts", "words", "channels", "format"):
+        for what in ("K", "facts", "words", "channels", "format", "models"):
             ours, its = getattr(first, what), getattr(other, what)
             if ours != its:
                 raise ValueError(
@@ -905,6 +911,8 @@ class Rows:
             tokens = settings.text_tokens
             self.text = text_encoder(settings.text_encoder, tokens, device, self.words)
             self.null = self.text.prepare([""])
+        self.models = first.models or [getattr(self.text, "files", ""), self.image.files]
+        same_models(self.models, self.text, self.image)
         self.streams, self.held, shares = [], [], []
         for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
             source.number, source.text, source.image = number, self.text, self.image

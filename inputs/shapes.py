@@ -39,6 +39,7 @@ COLORS = {
 PALETTE = np.array(list(COLORS.values()), float)  # (colours, 3)
 SIZES = {"small": 0.14, "large": 0.19}  # radius
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+CLEAR = 1.2  # a relation is drawn at least so many times as far along its axis as across it
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = ("no", "one", "two", "three", "four")
 MAX_WORDS = 12  # no caption is longer
@@ -71,6 +72,17 @@ class World(NamedTuple):
             raise ValueError(f"a world has 3 to {len(COLORS)} colours, not {self.colors}")
         if not 10 <= self.places <= self.size:
             raise ValueError(f"a world of {self.size} pixels has 10 to {self.size} places a side")
+        # Or draw_scene would look for a layout for ever: two large things, one above the other.
+        radius = SIZES["large"]
+        points = np.arange(self.places) / self.places + 0.5 / self.size
+        points = points[(points >= radius + 0.03) & (points <= 1 - radius - 0.03)]
+        along = points[-1] - points[0]
+        across = (points - points[0])[points - points[0] <= along / CLEAR].max()
+        if along**2 + across**2 <= least_gap(radius, radius) ** 2:
+            raise ValueError(
+                f"in {self.places} places a side of {self.size} pixels two large things have no"
+                f" room: give --places {self.size}"
+            )
         return self
 
 
@@ -240,7 +252,7 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
         inside = (low <= layouts) & (layouts <= high)
         good = apart(layouts, radii) & inside.all((-1, -2))
         if meaning.relation is not None:
-            good &= relation_holds(meaning, layouts, clear=1.2)
+            good &= relation_holds(meaning, layouts, clear=CLEAR)
         elif len(meaning.groups) == 2:
             first_left = meaning._replace(relation="left of")
             good &= relation_holds(first_left, layouts, clear=0)
@@ -268,14 +280,17 @@ def open_color(shape: str, rng: np.random.Generator) -> tuple[str, tuple[float, 
             return name, tuple(rgb)
 
 
-def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Whether no two things touch: places (..., n, 2), radii (n,) → (...) bool.
+def least_gap(first, second):
+    """Between the centres of two things of these radii. Corners reach up to 1.28 radii; a pixel or
+    more must lie between any two, for the reader."""
+    return 1.2 * (first + second) + 0.06
 
-    Corners reach up to 1.28 radii; a pixel or more must lie between any two, for the reader.
-    """
+
+def apart(places: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Whether no two things touch: places (..., n, 2), radii (n,) → (...) bool."""
     first, second = pairs(len(radii))
     gaps = places[..., first, :] - places[..., second, :]
-    least = 1.2 * (radii[first] + radii[second]) + 0.06
+    least = least_gap(radii[first], radii[second])
     return ((gaps * gaps).sum(-1) > least * least).all(-1)
 
 

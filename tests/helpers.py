@@ -35,6 +35,8 @@ SHAPES = {  # facts of a run of chapter 2, of 20 pixels
     "residual": "prenorm",
     "samples": 80,
     "source": "shapes",
+    "rows": "",
+    "models": ["", ""],
     "shapes": 4,
     "colors": 6,
     "places": 10,
@@ -50,6 +52,8 @@ DIGITS = SHAPES | {  # and of chapter 1, of 14 pixels
     "preset": "digits",
     "patch_size": 7,
     "source": "glyphs",
+    "rows": "",
+    "models": ["", ""],
     "shapes": 0,
 }
 

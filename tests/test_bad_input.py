@@ -110,7 +110,7 @@ def home(tmp_path_factory):
 
 def resumed(folder):
     record = train_t2i.whole_record(folder)
-    settle_run(train_t2i.Settings, {}, record["settings"], "cpu", train_t2i.recipe_of)
+    settle_run(train_t2i.Settings, {}, record, "cpu", train_t2i.recipe_of)
 
 
 def prepared_again(folder):
@@ -207,9 +207,7 @@ def state(file):
     typed = train_mnist.parse(train_mnist.Settings, ["--out", str(file.parent), "--resume"], "")
     found = train_mnist.load(file, "cpu")
     device = torch.device("cpu")
-    settings, rows = settle_run(
-        train_mnist.Settings, typed, found["settings"], device, lambda _: {}
-    )
+    settings, rows = settle_run(train_mnist.Settings, typed, found, device, lambda _: {})
     model, adamw = train_mnist.build(settings, rows, found, device)
     return {"rows": found["rows"], "step": found["step"], "log": found["log"]} | {
         f"{i} {name}": x

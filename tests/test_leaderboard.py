@@ -34,7 +34,14 @@ def test_entries_are_trained_timed_and_scored(tmp_path, monkeypatch, capsys):
         line = refused(leaderboard.main, capsys, *what, "--", *option.split())
         assert any(word in line for word in ("is not a whole run", "--stepz", "--lr nan"))
     assert not (tmp_path / "run.old").exists() and (tmp_path / "run").exists()  # nothing is moved
-    other = ["--data", "nowhere"]
+    for option in ("--data glyphs", "--resume", "--dry-run", "--out elsewhere"):
+        line = refused(leaderboard.main, capsys, "digits", *what[1:], "--", *option.split())
+        assert f"{option.split()[0]} after -- is not for an entry" in line
+    table = tmp_path / "other.csv"
+    table.write_text("a,b\n")
+    line = refused(leaderboard.main, capsys, *what[:3], "--table", table, "--", *SHORT)
+    assert "holds other columns: move it away" in line
+    other = ["--init", "nowhere"]
     assert "the trainer ended with status 1" in refused(
         leaderboard.main, capsys, *what, "--", *other
     )

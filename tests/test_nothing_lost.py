@@ -366,7 +366,7 @@ def test_chunks_of_other_rows_are_refused(home, tmp_path):
     for chunk in (other / "chunks" / second.name, second.with_name("00000.arrow")):
         shutil.copy(chunk, second)
         _, rows = opened(data)
-        with pytest.raises(ValueError, match=r"00001.arrow is broken .*has changed|rows, the mani"):
+        with pytest.raises(ValueError, match=r"00001.arrow is broken .*(not those|rows, the mani)"):
             rows.at(range(8))
     exported(tmp_path / "second", DIGITS | {"samples": 81})
     other = make(tmp_path / "second", tmp_path / "other pairs")

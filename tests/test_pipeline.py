@@ -216,7 +216,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_the_shift_of_latents_follows_the_size_of_the_pictures(tmp_path):
     """SD3's 3 at 1024 pixels, and √(m/n) of it elsewhere: not more at each --init."""
-    vae, known = tiny_vae(tmp_path / "vae"), {"data": ["shapes"], "batch_size": 8}
+    vae, known = tiny_vae(tmp_path / "vae"), {"data": ["shapes"], "batch_size": 8, "places": 64}
     older, found = (
         exported(tmp_path / "older", SHAPES | {"vae": vae, "size": 256, "shift": 1.5}),
         [],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from math import isnan
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import sample_t2i
 from common.retrieval import Gallery, retrieved
 from inputs.encoders import HashText, image_encoder
-from inputs.rows import PreparedFolder
+from inputs.rows import PreparedFolder, open_rows
 from tools import prepare
 
 TONES = ("", ": light", ": dark")
@@ -38,6 +39,7 @@ def home(tmp_path_factory):
     how = ["--held", "held", "--caption", "text:3", "other:1", "--size", 20]
     run(home / "source", home / "data", *how)
     facts = SHAPES | {"source": str(home / "data"), "shapes": 0, "colors": 0, "places": 0}
+    facts["rows"] = PreparedFolder(str(home / "data"), None).id
     exported(home / "run", facts | {"text_tokens": 8})
     return home
 
@@ -179,9 +181,21 @@ def test_the_nearest_pictures_stand_beside(home, tmp_path, monkeypatch):
         assert torch.equal(drawn[k + 1 : k + 5], known.pictures(numbers, (20, 20)))
 
 
+def test_pictures_that_the_run_did_not_learn_from_are_refused(home, tmp_path, capsys):
+    """Or what it saw would count as held out."""
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    exported(run, config["facts"] | {"rows": "0"})
+    for how in (["--score"], ["thing 1", "--nearest"]):
+        line = refused(sample_t2i.main, capsys, run, *how, "--out", tmp_path / "a.png")
+        assert f"holds other rows than {run} was trained on" in line
+    assert not (tmp_path / "a.png").exists() and not (tmp_path / "a_pictures").exists()
+
+
 def test_digits_have_their_nearest_too(tmp_path):
     write_mnist(tmp_path / "data")
-    exported(tmp_path / "run", DIGITS | {"source": "mnist", "size": 28})
+    rows = open_rows(["mnist"], data_dir=tmp_path / "data").id
+    exported(tmp_path / "run", DIGITS | {"source": "mnist", "size": 28, "rows": rows})
     how = ["--data-dir", tmp_path / "data", "--nearest", "--out", tmp_path / "a.png"]
     call(sample_t2i.main, tmp_path / "run", "3", "--images", 1, *how)
     assert (tmp_path / "a_nearest.png").exists()

@@ -142,12 +142,31 @@ def test_anti_aliased_masks_have_the_right_area():
 
 
 @pytest.mark.parametrize(
+    "size, places", [(20, 10), (24, 10), (28, 10), (29, 11), (40, 10), (64, 11)]
+)
+def test_a_world_is_refused_where_two_large_things_have_no_room(size, places):
+    """draw_scene would look for a layout for ever; here 40,000 layouts are tried."""
+    large = (shapes.Group(1, "circle", "red", "large"), shapes.Group(1, "cross", "red", "large"))
+    layouts = np.random.default_rng(0).uniform(0.22, 0.78, (40_000, 2, 2))
+    layouts = np.round(layouts * places) / places + 0.5 / size
+    fits = ((layouts >= 0.22) & (layouts <= 0.78)).all((-1, -2))
+    fits &= shapes.apart(layouts, np.array([0.19, 0.19]))
+    fits &= shapes.relation_holds(shapes.Meaning("position", large, "above"), layouts, 1.2)
+    if fits.any():
+        World(size, places=places).checked()
+    else:
+        with pytest.raises(ValueError, match="no room"):
+            World(size, places=places).checked()
+
+
+@pytest.mark.parametrize(
     "world, message",
     [
         (World(19), "at least 20"),
         (World(24, 7), "2 to 6 shapes, not 7"),
         (World(24, colors=2), "3 to 10 colours, not 2"),
         (World(24, places=32), "10 to 24 places"),
+        (World(40, places=10), "two large things have no room: give --places 40"),
     ],
 )
 def test_what_cannot_be_drawn_says_the_rule(world, message):

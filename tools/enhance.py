@@ -12,6 +12,7 @@ Decoding is greedy, so a prompt is always rewritten alike.
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from common.settings import Options, option, parse
 from common.start import check_free, choose_device, program, write_whole
 from inputs.encoders import pretrained
 
+ANSWER = 128  # tokens, at most
 ASK = (
     "Rewrite this prompt for an image generator as one detailed sentence. Keep every object,"
     " number, colour and position it names. Answer with the sentence alone.\n\n"
@@ -54,6 +56,10 @@ def enhance(prompts: list[str], name: str, device) -> list[str]:
     model, tokenizer = pretrained(name, device, "--model", "AutoModelForCausalLM", "AutoTokenizer")
     from transformers import pipeline
 
+    most = getattr(model.config, "max_position_embeddings", None) or inf
+    for prompt in prompts:
+        if len(tokenizer(ASK + prompt, verbose=False).input_ids) + ANSWER > most:
+            raise ValueError(f"{prompt!r:.80} is too long for the {most} tokens of --model {name}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = model.bfloat16() if device.type == "cuda" else model
     asked = (ASK + prompt for prompt in prompts)
@@ -62,7 +68,7 @@ def enhance(prompts: list[str], name: str, device) -> list[str]:
     # pads on the left, so that every answer begins where its row ends
     write = pipeline("text-generation", model, tokenizer=tokenizer, device=device)
     answers = write(
-        asked, batch_size=16, max_new_tokens=128, do_sample=False, return_full_text=False
+        asked, batch_size=16, max_new_tokens=ANSWER, do_sample=False, return_full_text=False
     )
     return [
         " ".join(answer["generated_text"].split()) or prompt

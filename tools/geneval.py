@@ -18,13 +18,24 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
-from common.pictures import strip
+from common.pictures import SIGN, strip
 from common.pipeline import Pipeline, Sampling
 from common.settings import Parted, option, parse, read_json
 from common.start import claim, owned, program, write_whole
 from tools.enhance import read_rows
+
+
+def whole(file: Path) -> bool:
+    """Whether it is a picture of ours, as it was written: a PNG has checksums."""
+    try:
+        with Image.open(file) as picture:
+            picture.verify()
+    except (OSError, SyntaxError):  # PIL's for a checksum that does not fit
+        return False
+    return SIGN in file.read_bytes()
 
 
 def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
@@ -32,7 +43,7 @@ def geneval(pipeline: Pipeline, rows: list[dict], args: "Settings"):
     settings = pipeline.recipe(args.seed, args.size, **args.how())
     settings |= {"images": args.images, "rows": zlib.crc32(json.dumps(rows).encode())}
     out, begun = args.out, args.out / "settings.json"
-    drawn = {file for file in out.glob("*/samples/*.png") if file.read_bytes()[-8:-4] == b"IEND"}
+    drawn = {file for file in out.glob("*/samples/*.png") if whole(file)}
     if (drawn or begun.exists()) and read_json(begun) != settings:
         raise ValueError(f"--out {out} was begun with {read_json(begun)}: choose another --out")
     write_whole(begun, json.dumps(settings).encode())
@@ -74,7 +85,8 @@ def main(argv=None):
     rows = read_rows(args.metadata)
     claim(args.out, "tools.geneval")
     pipeline = args.open()
-    pipeline.latent(args.size)  # before a folder is made
+    pipeline.latent(args.size)  # before a folder is made, as the next
+    pipeline.text.prepare([row["prompt"] for row in rows])
     with owned(args.out, "tools.geneval", shared=args.share.step > 1):
         geneval(pipeline, rows, args)
     print(f"wrote {args.out}")

@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None):
         "shape": list(pipeline.latent()),
     }
     about = json.loads(json.dumps(about))  # as it will be read
-    captions_of(pipeline, lines, 1, 0)  # before anything is written
+    captions_of(pipeline, lines, 1, 0)  # before anything is written, as the next
+    pipeline.text.prepare(lines)
     begin_folder(args.out, about)
     files = [args.out / f"{i:05d}.safetensors" for i in range(-(-args.number // args.chunk))]
     total = args.number // args.share.step

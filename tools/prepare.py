@@ -225,9 +225,17 @@ def check_tar(file: Path):
 
 
 def inside(folder: Path, pattern: str = "*") -> list[Path]:
-    """Its files of such a name, sorted, without what is hidden; linked folders are looked into."""
+    """Its files of such a name, sorted, without what is hidden; linked folders are looked into.
+
+    OSError if a folder in it cannot be read: its files would be missing without a word.
+    """
+
+    def refuse(error: OSError):
+        raise OSError(f"SOURCE {error.filename} cannot be read: {error.strerror}") from error
+
     found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
+    walk = os.walk(folder, followlinks=True, onerror=refuse) if folder.is_dir() else ()
+    for here, folders, files in walk:
         above = {os.path.realpath(path) for path in (here, *Path(here).parents)}
         linked = {f: os.path.realpath(os.path.join(here, f)) for f in folders if f[0] != "."}
         folders[:] = [f for f, target in linked.items() if target not in above]
@@ -630,7 +638,7 @@ def finish(files: list[Path], facts: dict) -> dict:
     if not buckets:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in left_out[:3])
         raise ValueError(f"no row is left to train on; {len(left_out)} left out: {reasons}")
-    if facts["held"] and not counts["validation"]:
+    if facts.get("held") and not counts["validation"]:
         raise ValueError(
             f"--held {facts['held']} is true in no row: give another column, and another --out"
         )
@@ -704,7 +712,7 @@ def caption_columns(args, columns: list[str]) -> dict[str, float]:
     return chosen or {next((c for c in CAPTION_COLUMNS if c in columns), "text"): 1.0}
 
 
-def same_settings(args: Settings, source: Source) -> dict:
+def same_settings(args: Settings, source: Source, models: list[str]) -> dict:
     """Every part and attempt must have the same options; the first one writes them down.
 
     Chunks made with different options would train without an error and never as meant.
@@ -712,7 +720,7 @@ def same_settings(args: Settings, source: Source) -> dict:
     now = {key: value for key, value in args.saved().items() if key not in MAY_DIFFER}
     now["with_"] = [f"{file} (CRC {zlib.crc32(file.read_bytes()):08x})" for file in args.with_]
     now["source_rows"] = len(source.table) if hasattr(source.table, "__len__") else None
-    now["source_files"] = source.id
+    now["source_files"], now["models"] = source.id, models
     path = args.out / "prepare.json"
     if not path.exists():
         if list(args.out.glob("chunks/*")):
@@ -798,7 +806,7 @@ def main(argv: list[str] | None = None):
     tokens = args.text_tokens or (32 if args.text_encoder == "hash" else 256)
     text = text_encoder(args.text_encoder, tokens, device)
     form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)
-    facts = same_settings(args, source)
+    facts = same_settings(args, source, [getattr(text, "files", ""), vae.files])
     unchanged(args, source)
     made = f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
     manifest = args.out / "manifest.json"
@@ -809,7 +817,7 @@ def main(argv: list[str] | None = None):
         if not all(file.exists() for file in files):
             print(f"this part is done; the last part to end writes {manifest}")
             return
-        sweep(args.out, args.out / "chunks")
+        sweep(args.out)
         kind = "latents" if args.latent else vae.kind
         facts |= {
             "schema": SCHEMA,
