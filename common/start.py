@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -92,7 +92,8 @@ def write_all(contents: dict[Path, bytes | memoryview]):
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         for file in temporary.values():
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # not there, as it should be; or a disk that only reads
+                file.unlink()
 
 
 def check_free(path: Path):
@@ -331,6 +332,7 @@ def program(name: str):
                 nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
                 sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
             rank, local_rank = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK"))
+            launched = "RANK" in os.environ  # later our own start may have set it
             try:
                 return main(argv)
             except KeyboardInterrupt:
@@ -345,7 +347,7 @@ def program(name: str):
                 # What only this rank may have met: its files, its memory.
                 own = isinstance(error, OSError | MemoryError | RuntimeError)
                 others = local_rank.isdecimal() and int(local_rank) > 0  # "x" is an error to tell
-                if others and "RANK" in os.environ and not own:
+                if others and launched and not own:
                     sys.exit(1)
             for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to it
                 bar.close()

@@ -69,6 +69,14 @@ def test_table_of_a_run(home, tmp_path, capsys):
     assert (run / "digit_score.png").stat().st_size > 1000
 
 
+def test_a_table_of_the_users_is_left(home, tmp_path, capsys):
+    run = exported(tmp_path / "run", DIGITS)
+    (run / "digit_score.csv").write_text("mine")
+    line = refused(digit_score.main, capsys, run, "--samples", 2)
+    assert "digit_score.csv would be overwritten: move it away" in line
+    assert (run / "digit_score.csv").read_text() == "mine"
+
+
 def test_a_single_sample_is_refused_in_one_line(tmp_path, capsys):
     line = refused(digit_score.main, capsys, tmp_path, "--samples", 1)
     assert line == "experiments.digit_score: --samples 1 must be at least 2"

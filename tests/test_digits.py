@@ -42,6 +42,20 @@ def test_mnist_is_read_where_torchvision_keeps_it(tmp_path, offline, source):
     assert len(held_out.labels) == 12 and name == "mnist"
 
 
+def test_another_set_of_the_form_is_named_and_odd_pictures_are_refused(tmp_path, offline, capsys):
+    write_mnist(tmp_path)
+    load_images("mnist", tmp_path)
+    assert "is another set of its form, or damaged" in capsys.readouterr().err
+    file = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte"
+    content = file.read_bytes()
+    for height, width in ((14, 56), (56, 14)):  # of one part, then of both
+        for part in ("t10k", "train"):
+            changed = struct.pack(">IIII", 2051, 12, height, width) + content[16:]
+            file.with_name(f"{part}-images-idx3-ubyte").write_bytes(changed)
+            with pytest.raises(ValueError, match="must be of one square"):
+                load_images("mnist", tmp_path)
+
+
 def test_cifar10_is_channels_first_and_keeps_its_names(monkeypatch):
     class Stand:
         classes = ("airplane", "bird")

@@ -143,13 +143,34 @@ def test_a_run_inside_an_older_one_is_not_deleted_with_it(short, train, tmp_path
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_what_describes_others_never_stands_beside_what_it_does_not(tmp_path, monkeypatch, kind):
+    files = {tmp_path / name: name.encode() for name in ("1.png", "2.png", "about.json")}
+    start.write_all(files)
+    replace, calls = os.replace, []
+
+    def stopped(old, new):
+        calls.append(new)
+        if len(calls) == 2:
+            raise kind
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(kind):
+        start.write_all(dict.fromkeys(files, b"new"))
+    found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert found == {"1.png": b"new", "2.png": b"2.png"}  # nothing says what they are
+
+
 def test_only_files_of_ours_are_swept(tmp_path):
     ended = "999999999"  # no process has this number
     for name in (".notes.20240101", ".v.3999999", ".b.20240101120000", f".a.{ended}.part"):
         (tmp_path / name).write_text(name)
     (tmp_path / f".b.{os.getpid()}.part").write_text("under way")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / f".a.{ended}.part").write_text("a")
     start.sweep(tmp_path)
-    left = {file.name for file in tmp_path.iterdir()}
+    left = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert left == {
         ".notes.20240101", ".v.3999999", ".b.20240101120000", f".b.{os.getpid()}.part"
     }  # fmt: skip
@@ -172,6 +193,17 @@ def test_weights_that_are_not_finite_are_not_exported(short, tmp_path, capsys):
     how = ["--steps", 1, "--lr", 1e38, "--out", tmp_path / "run"]
     assert "is not finite" in refused(train_mnist.main, capsys, *short, *how)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_operators_that_do_not_compile_are_said_in_a_line(monkeypatch):
+    import deepspeed
+
+    def failed(**how):
+        raise RuntimeError("Error building extension 'x'\n40 more lines")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", failed)
+    with pytest.raises(ValueError, match=r"is g.. there. Error building extension 'x'$"):
+        train_t2i.start_ranks()
 
 
 def test_a_closed_stream_is_no_error(monkeypatch):

@@ -23,8 +23,10 @@ from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from helpers import call, close
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_encoders import tiny_t5, tiny_vae
 
+from common.pipeline import Pipeline
 from inputs.encoders import VAE, HashText, text_encoder
 from inputs.rows import Damaged, PreparedFolder
 from rf import mix_seed
@@ -274,6 +276,45 @@ def write_whole(path, content):
 prepare.write_whole = write_whole
 prepare.main(sys.argv[1:])
 """
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, capsys, monkeypatch):
+    source, scan = tmp_path / "source", os.scandir
+    (source / "sub").mkdir(parents=True)
+    for file in ("a.png", "sub/b.png"):
+        picture(0).save(source / file)
+        (source / file).with_suffix(".txt").write_text("a")
+
+    def closed(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for program, how in ((prepare, OPTIONS), (dedup, [])):
+        line = helpers.refused(program.main, capsys, source, "--out", tmp_path / "out", *how)
+        assert f"SOURCE {source / 'sub'} cannot be read: Permission denied" in line
+
+
+def test_another_model_under_the_same_name_is_noticed(tmp_path, capsys):
+    """A T5 of the same shape: going on with a preparation, training, and drawing."""
+    source, t5 = pictures(tmp_path / "source", 12), tmp_path / "t5"
+    tiny_t5(t5)
+    how = [source, tmp_path / "data", "--text-encoder", t5, "--chunk-rows", 6]
+    run(*how)
+    facts = helpers.SHAPES | {"text_encoder": str(t5), "shapes": 0, "colors": 0, "places": 0}
+    models = PreparedFolder(str(tmp_path / "data"), None).models
+    assert models[0] and not models[1]
+    out = helpers.exported(tmp_path / "run", facts | {"models": models})
+    Pipeline.open(out)
+    weights = load_file(t5 / "model.safetensors")
+    save_file({k: v + 0.1 for k, v in weights.items()}, t5 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="t5 holds another model than before"):
+        Pipeline.open(out)
+    (tmp_path / "data/manifest.json").unlink()
+    (tmp_path / "data/chunks/00001.json").unlink()
+    line = helpers.refused(prepare.main, capsys, source, "--out", *how[1:], *OPTIONS)
+    assert "was begun with --models" in line
 
 
 def test_a_chunk_of_the_same_command_over_other_captions_is_refused(tmp_path):

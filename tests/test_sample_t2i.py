@@ -168,6 +168,31 @@ def test_parts_fill_one_folder(home, tmp_path, capsys, monkeypatch):
     assert {row["seed"] for row in told(folder)} == {1} and parts.exists()
 
 
+def test_a_part_does_not_delete_what_another_command_drew_meanwhile(
+    home, tmp_path, capsys, monkeypatch
+):
+    how, draw = [home / "shapes", "a ring", "a star", "--out", tmp_path / "a.png"], Pipeline.draw
+
+    def meanwhile(*args, **options):
+        monkeypatch.setattr(Pipeline, "draw", draw)
+        call(main, *how, "--part", "1/2", "--cfg", 5)
+        return draw(*args, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", meanwhile)
+    said = refused(main, capsys, *how, "--part", "0/2", "--cfg", 2)
+    assert "has become that of another command" in said
+    folder = tmp_path / "a_pictures"
+    assert {row["cfg"] for row in told(folder)} == {5} and {n[4] for n in shown(folder)} == {"1"}
+
+
+def test_only_pictures_of_ours_are_replaced(home, tmp_path):
+    call(main, home / "shapes", "a ring", "--images", 1, "--out", tmp_path / "a.png")
+    mine = tmp_path / "a_pictures" / "00099-0000.png"
+    Image.new("RGB", (4, 4)).save(mine)
+    call(main, home / "shapes", "a star", "--images", 1, "--out", tmp_path / "a.png")
+    assert mine.exists()
+
+
 def test_runs_are_scored_at_several_numbers_of_steps(home, tmp_path, capsys):
     out = tmp_path / "score.png"
     how = ["--score", "--against", home / "other", "--per-tag", 2, "--out", out]

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import sample_t2i
 from common.pipeline import Pipeline
 from common.start import owned
-from tools import enhance, geneval, show
+from tools import enhance, geneval, pairs, show
 
 METADATA = [
     {"tag": "two_object", "include": [{"class": "ring", "count": 1}], "prompt": "a ring, a star"},
@@ -106,6 +106,7 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
         ("rows.jsonl", '{"prompt": "a"}', "out.txt must end like"),
         ("good.txt", "a ring", "could not be loaded"),
         ("alone.txt", "a ring", "needs transformers: pip install transformers"),
+        ("long.txt", "ring " * 2000, "is too long for the 2048 tokens of --model"),
     ],
 )
 def test_what_cannot_be_rewritten_says_why(tmp_path, capsys, monkeypatch, name, content, reason):
@@ -113,6 +114,8 @@ def test_what_cannot_be_rewritten_says_why(tmp_path, capsys, monkeypatch, name, 
         (tmp_path / name).write_text(content)
     if name == "alone.txt":
         monkeypatch.setitem(sys.modules, "transformers", None)
+    if name == "long.txt":
+        tiny_chat(tmp_path)
     out = tmp_path / "out.txt"
     said = refused(enhance.main, capsys, "--model", tmp_path, tmp_path / name, "--out", out)
     assert reason in said and not out.exists()
@@ -141,14 +144,28 @@ def test_geneval_gets_its_folders_and_goes_on_where_it_stopped(run, metadata, tm
     made = [file.stat().st_mtime_ns for file in files]
     files[2].unlink()
     files[9].write_bytes(files[9].read_bytes()[:-9])  # cut
+    content = files[5].read_bytes()
+    files[5].write_bytes(content[:200] + bytes(20) + content[220:])  # damaged inside
+    Image.new("RGB", (20, 20)).save(files[7])  # not ours
+    (files[0].parent / ".0009.png.999999999.part").write_bytes(b"of a killed process")
     call(geneval.main, *command)  # in batches of another size
     again = [file.stat().st_mtime_ns for file in files]
-    assert [i for i in range(12) if again[i] != made[i]] == [2, 9]
+    assert [i for i in range(12) if again[i] != made[i]] == [2, 5, 7, 9]
+    assert not [*out.rglob(".*.part")]
     pipeline, prompts = Pipeline.open(run), [row["prompt"] for row in METADATA for _ in range(4)]
     expected = pipeline.draw(prompts, pipeline.noise(3, range(12)), cfg=9)
     for file, picture in zip(files, expected, strict=True):
         found = pil_to_tensor(Image.open(file)).int()
         assert found.shape == (3, 20, 20) and (found - picture).abs().max() <= 1
+
+
+def test_a_word_that_the_run_does_not_know_leaves_nothing(metadata, tmp_path, capsys):
+    digits = exported(tmp_path / "digits", DIGITS)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("3\ncat")
+    for program, how in ((geneval, [metadata]), (pairs, ["--prompts", lines, "--number", 2])):
+        said = refused(program.main, capsys, digits, *how, "--out", tmp_path / "out")
+        assert "is no word of this model" in said and not (tmp_path / "out").exists()
 
 
 def test_parts_share_the_prompts_of_geneval(run, metadata, tmp_path, capsys):
