@@ -138,6 +138,7 @@ PRESETS = {
     "auraflow-6.8b": MMDiTConfig(residual="auraflow"),
 }  # fmt: skip
 PRESETS |= {f"{name}-wide": replace(PRESETS[name], dim=256) for name in ("digits", "tiny")}
+PRESETS["tiny-image"] = replace(PRESETS["tiny"], predicts="image")  # for pictures of one's own
 PRESETS["digits-narrow"] = replace(PRESETS["digits"], dim=64)  # half the parameters
 
 

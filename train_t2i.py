@@ -116,8 +116,9 @@ EMA_WIDTHS = (0.05, 0.10)
 # ------------------------------------------------------------------------------------------------
 
 # What a machine can do in reasonable time. The network is mmdit's preset of the same name. tiny and
-# tiny-wide are for two CPU cores: half an hour (tiny), few shapes and colours, 25 image tokens. The
-# others are for GPUs, with all shapes and colours; they were chosen by reasoning and have not run.
+# tiny-wide are for two CPU cores: half an hour (tiny), few shapes and colours, 25 image tokens.
+# tiny-image is for small sets of pictures with captions, also there (docs/emoji.md). The others are
+# for GPUs, with all shapes and colours; they were chosen by reasoning and have not run.
 RECIPE = (
     "size", "shapes", "colors", "places", "batch_size", "samples", "warmup_samples",
     "cooldown_samples", "eval_every_samples", "save_every_samples",
@@ -126,6 +127,7 @@ RECIPES = {
     # In each row the first four values describe the world of shapes.
     "tiny": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200),
     "tiny-wide": (20, 4, 6, 10, 64, 832_000, 6_400, 832_000, 83_200, 83_200),
+    "tiny-image": (20, 4, 6, 10, 64, 448_000, 6_400, 448_000, 44_800, 44_800),
     "small": (32, 6, 10, 32, 256, 2_560_000, 25_600, 1_280_000, 256_000, 256_000),
     "0.2b": (64, 6, 10, 64, 512, 10_240_000, 102_400, 2_048_000, 512_000, 512_000),
     "1b": (64, 6, 10, 64, 1024, 51_200_000, 512_000, 10_240_000, 2_048_000, 1_024_000),

@@ -499,7 +499,7 @@ def test_room_is_most_of_a_gpu_or_a_share_of_the_host(monkeypatch):
     assert found == pytest.approx([850 - 50, 850 / 4 - 50])
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-wide"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-image", "tiny-wide"])
 def test_on_cpus_a_batch_is_one_pass(preset):
     """In a tenth of what a small laptop has, for each of two ranks."""
     share = RECIPES[preset]["batch_size"] // 2
