@@ -618,16 +618,20 @@ class MMDiT(nn.Module):
         table = self.positions.view(grid, grid, -1)  # (grid, grid, D)
         return table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
 
-    def _check(self, batch: int, channels: int, height: int, width: int, t: Tensor, text: Tensor):
+    def check_size(self, height: int, width: int):
+        """ValueError if x may not have these sides."""
         patch, largest = self.config.patch_size, self.config.patch_size * self.config.max_grid
-        if channels != self.config.in_channels:
-            raise ValueError(f"x has {channels} channels, the model {self.config.in_channels}")
         if height % patch or width % patch:
             raise ValueError(
                 f"image size {height}x{width} must be a multiple of patch_size={patch}"
             )
         if max(height, width) > largest:
             raise ValueError(f"image size {height}x{width} exceeds max_grid·patch_size={largest}")
+
+    def _check(self, batch: int, channels: int, height: int, width: int, t: Tensor, text: Tensor):
+        if channels != self.config.in_channels:
+            raise ValueError(f"x has {channels} channels, the model {self.config.in_channels}")
+        self.check_size(height, width)
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}, must be ({batch},) as x")
         if text.ndim != 3 or (len(text), text.shape[-1]) != (batch, self.config.text_dim):

@@ -117,7 +117,7 @@ class Graphed:
     WARM_UP = 3  # runs beside the capture, in which libraries choose kernels and take their memory
 
     def __init__(self, model: rf.Model):
-        self.model, self.captured = model, {}
+        self.model, self.captured, self.check_size = model, {}, model.check_size
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def paint(pipeline: Pipeline, captions: list[str], args: Settings):
     for caption in captions[args.share]:
         if (length := text.length(caption)) > text.tokens:
             print(f"{caption!r} has {length} tokens, and the run reads {text.tokens}: it is cut")
-    known = gallery(pipeline, args) if args.nearest else None
+    known = gallery({args.run: pipeline}, args) if args.nearest else None
     with owned(args.folder, *OWNER, shared=part):
         # A refusal, before hours of drawing, and of what took hours.
         if len(of_others(args.folder, metadata)) > (0 if part else MANY):
@@ -221,12 +221,15 @@ def nearest_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_nearest.png")
 
 
-def gallery(pipeline: Pipeline, args: Settings) -> Gallery:
-    """All pictures of the run's data. ValueError if they are not those that it learned from."""
+def gallery(pipelines: dict[str, Pipeline], args: Settings) -> Gallery:
+    """All pictures of the run's data. ValueError if they are not those that it learned from, and
+    every run beside it."""
+    pipeline = pipelines[args.run]
     names = shlex.split(pipeline.facts["source"])
-    rows = open_rows(names, data_dir=args.data_dir)
-    if rows.id != pipeline.facts["rows"]:
-        raise ValueError(f"{' '.join(names)} holds other rows than {args.run} was trained on")
+    rows = open_rows(names, data_dir=args.data_dir, seed=pipeline.facts["seed"])
+    for name, each in pipelines.items():
+        if each.facts["rows"] != rows.id:
+            raise ValueError(f"{' '.join(names)} holds other rows than {name} was trained on")
     return Gallery(rows.sources, pipeline.image)
 
 
@@ -272,7 +275,7 @@ def retrieval(pipelines: dict[str, Pipeline], args: Settings):
 
     Two rows beside them: real pictures moved by one pixel, the ceiling, and what chance would find.
     """
-    known = gallery(pipelines[args.run], args)
+    known = gallery(pipelines, args)
     groups = {name: known.ask(args.per_tag, name == "held") for name in ("seen", "held")}
     groups = {name: asked for name, asked in groups.items() if asked}
     rows = []

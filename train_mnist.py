@@ -514,8 +514,7 @@ def main(argv: list[str] | None = None):
     where = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(out)
     if settings.dry_run:
         before = None  # the temporary folder is new
-    elif settings.overwrite and finished:
-        move_away(out, "train_mnist.py", before)
+    elif settings.overwrite and present and move_away(out, "train_mnist.py", before):
         before = []
     with where as folder, owned(Path(folder), "train_mnist.py", before=before) as folder:
         log = Log(folder / "log.csv", LOG_EVERY)

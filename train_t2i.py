@@ -104,6 +104,7 @@ from common.start import (
 from inputs.rows import Batch, Copier, DataOptions, Rows
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
+FILES = ("log.csv", "eval.csv", "samples.png", "progress.png", "curves.png")  # and weights
 LOG_EVERY = 10  # steps in one row of log.csv
 BETAS, EPS = (0.9, 0.99), 1e-15  # as in chapter 1: a tiny eps, or the rate would not transfer (muP)
 # Two averages of the weights. If several checkpoints are kept, an average of any width between
@@ -1117,7 +1118,9 @@ def launch(typed: dict):
         record = whole_record(present[-1])
     elif finished and typed.get("resume"):
         raise ValueError(f"the run in {out} has no checkpoint: begin anew with --overwrite")
-    elif finished and not typed.get("overwrite"):
+    # One that was killed before its first checkpoint counts, too, or whose weights lie elsewhere.
+    begun = finished or any((out / name).exists() for name in FILES)
+    if begun and not typed.get("overwrite") and not typed.get("resume"):
         raise ValueError(
             f"--out {out} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or choose another --out"
@@ -1157,8 +1160,7 @@ def launch(typed: dict):
             run.load(present[-1], record)
         run.warm_up()
         if ranks.rank == 0:
-            if settings.overwrite and finished:
-                move_away(out, "train_t2i.py", before)
+            if settings.overwrite and begun and move_away(out, "train_t2i.py", before):
                 before = []
             around.enter_context(owned(out, "train_t2i.py", before=before))
             passes = run.engine.gradient_accumulation_steps()

@@ -51,7 +51,7 @@ from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73
 AURAFLOW = {"size": 1024, "cfg": 3.5, "cfg_below": 1.0, "steps": 50, "shift": 1.73, "shapes": 0}
-AURAFLOW |= {"solver": "euler", "source": "AuraFlow", "rows": "", "models": []}
+AURAFLOW |= {"solver": "euler", "source": "AuraFlow", "rows": "", "models": [], "seed": 0}
 HOW = ("cfg", "cfg_below", "steps", "shift", "solver")  # of rf.sample: a run has its own values
 FROM_INIT = (  # what a run takes over from the one it starts from
     "preset",
@@ -208,7 +208,10 @@ class Pipeline:
             raise ValueError(f"--size {size} must be a number of pixels or HEIGHTxWIDTH")
         if any(int(side) % factor for side in sides):
             raise ValueError(f"--size {size} must be a multiple of {factor}, the VAE's factor")
-        return self.image.channels, int(sides[0]) // factor, int(sides[-1]) // factor
+        h, w = int(sides[0]) // factor, int(sides[-1]) // factor
+        if hasattr(self.model, "check_size"):  # before a folder is made
+            self.model.check_size(h, w)
+        return self.image.channels, h, w
 
     def noise(self, seed: int, numbers: Sequence[int], size: int | str | None = None) -> Tensor:
         """(n, C, h, w) fp32 on the CPU; picture i has a noise of (seed, i) alone."""
@@ -285,11 +288,8 @@ def run_facts(settings, rows, config: MMDiTConfig, samples: int) -> dict:
     facts |= {"patch_size": config.patch_size, "channels": rows.channels, "words": rows.words}
     facts["text_format"] = asdict(rows.text) if isinstance(rows.text, TextFormat) else None
     facts |= {k: getattr(rows.world, k, 0) for k in ("shapes", "colors", "places")}
-    return facts | {
-        "source": shlex.join(map(str, settings.data)),
-        "rows": rows.id,
-        "models": rows.models,
-    }
+    facts |= {"rows": rows.id, "models": rows.models, "seed": settings.seed}
+    return facts | {"source": shlex.join(map(str, settings.data))}
 
 
 def drop_export(out: Path):

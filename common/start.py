@@ -244,8 +244,9 @@ def owned(folder: Path, program: str, what="--out", shared=False, before: list |
             OWNED.pop(folder, None)
 
 
-def move_away(folder: Path, program: str, before: list | None = None):
+def move_away(folder: Path, program: str, before: list | None = None) -> bool:
     """--overwrite: the run that is there becomes FOLDER.old, in place of an older one of that name.
+    → whether it did.
 
     A rename cannot lose anything, whatever becomes of the new run. before: as in owned.
     """
@@ -255,9 +256,9 @@ def move_away(folder: Path, program: str, before: list | None = None):
         "checkpoints/*/run.json",
         "*/model.safetensors",
     )
-    if not any(any(folder.glob(name)) for name in results):
-        return  # it left nothing: what is in FOLDER.old is worth more
     old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not any(any(folder.glob(name)) for name in results):
+        return False  # it left logs at best: the weights in FOLDER.old are worth more
     claim(old, program)
     with owned(folder, program, before=before):  # or it is in use
         if old.exists():
@@ -267,6 +268,7 @@ def move_away(folder: Path, program: str, before: list | None = None):
                     raise ValueError(f"{others[0]} would be deleted with {old}: move it away")
                 shutil.rmtree(old)
         os.replace(folder, old)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------

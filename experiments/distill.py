@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None):
     checkpoint, state = out / "checkpoint.pt", {}
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"--out {out} holds a student: go on with --resume, or choose another")
+    if (out / "model.safetensors").exists() and not checkpoint.exists():
+        raise ValueError(f"the student in {out} has no checkpoint.pt: choose another --out")
     of = out / "teacher.txt"
     if checkpoint.exists():
         state = train_mnist.load(checkpoint, device)

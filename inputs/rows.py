@@ -688,6 +688,7 @@ class Facts(Checked):
     residual: str
     samples: Natural  # seen in training
     source: str  # --data
+    seed: Natural  # which decides what glyphs are
     rows: str  # a checksum of what --data was
     models: list[str]  # of the files of text encoder and VAE (encoders.files_check)
 

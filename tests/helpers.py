@@ -37,6 +37,7 @@ SHAPES = {  # facts of a run of chapter 2, of 20 pixels
     "source": "shapes",
     "rows": "",
     "models": ["", ""],
+    "seed": 0,
     "shapes": 4,
     "colors": 6,
     "places": 10,
@@ -54,6 +55,7 @@ DIGITS = SHAPES | {  # and of chapter 1, of 14 pixels
     "source": "glyphs",
     "rows": "",
     "models": ["", ""],
+    "seed": 0,
     "shapes": 0,
 }
 

@@ -129,6 +129,11 @@ def test_what_cannot_be_distilled(teacher, student, tmp_path, capsys):
     assert "--pieces 4 must divide" in refused(distill.main, capsys, teacher, *HOW, "--pieces", 4)
     line = refused(distill.main, capsys, teacher, *HOW, "--pieces", 2, "--out", student)
     assert "holds a student: go on with --resume" in line
+    (student / "checkpoint.pt").rename(tmp_path / "checkpoint.pt")  # to save space, say
+    for how in ([], ["--resume"]):
+        line = refused(distill.main, capsys, teacher, *HOW, "--pieces", 2, "--out", student, *how)
+        assert "has no checkpoint.pt: choose another" in line
+    (tmp_path / "checkpoint.pt").rename(student / "checkpoint.pt")
     other = shutil.copytree(teacher, tmp_path / "other")
     line = refused(distill.main, capsys, other, *HOW, "--pieces", 2, "--out", student, "--resume")
     assert "learns from another teacher" in line

@@ -33,6 +33,7 @@ inputs.rows
 common.auraflow
 common.pipeline
 common.evaluate
+common.retrieval
 train_mnist
 sample_t2i
 train_t2i

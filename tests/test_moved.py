@@ -1,6 +1,7 @@
 """Folders that move, change or are linked while a program works; names that only look like ours."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -160,6 +161,21 @@ def test_what_describes_others_never_stands_beside_what_it_does_not(tmp_path, mo
         start.write_all(dict.fromkeys(files, b"new"))
     found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert found == {"1.png": b"new", "2.png": b"2.png"}  # nothing says what they are
+
+
+def test_logs_without_weights_are_a_run(tmp_path, capsys):
+    """As a copy of a run without its large files."""
+    out = tmp_path / "run"
+    call(t2i, *T2I.split(), "--out", out)
+    shutil.rmtree(out / "checkpoints")
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink(missing_ok=True)
+    before = content(tmp_path)
+    line = refused(t2i, capsys, *T2I.split(), "--out", out)
+    assert "already holds a run" in line and content(tmp_path) == before
+    call(t2i, *T2I.split(), "--out", out, "--overwrite")
+    kept = {file.name for file in (tmp_path / "run.old").iterdir()}
+    assert {"log.csv", "eval.csv"} <= kept and (out / "checkpoints").is_dir()
 
 
 def test_only_files_of_ours_are_swept(tmp_path):

@@ -278,6 +278,19 @@ prepare.main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (["--size", 18], "--size 18 must be a multiple of 4, patch x VAE factor"),
+        (["--latent", "file_name", "--latent-shape", "3x8x8"], "--latent needs the --vae"),
+    ],
+)
+def test_what_no_run_could_draw_is_not_prepared(tmp_path, capsys, extra, reason):
+    source = pictures(tmp_path / "source", 2)
+    refused(capsys, reason, source, tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, capsys, monkeypatch):
     source, scan = tmp_path / "source", os.scandir
     (source / "sub").mkdir(parents=True)

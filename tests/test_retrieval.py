@@ -186,6 +186,8 @@ def test_pictures_that_the_run_did_not_learn_from_are_refused(home, tmp_path, ca
     run = shutil.copytree(home / "run", tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     exported(run, config["facts"] | {"rows": "0"})
+    other = ["--score", "--against", run, "--out", tmp_path / "a.png"]  # of other rows, too
+    assert f"than {run} was" in refused(sample_t2i.main, capsys, home / "run", *other)
     for how in (["--score"], ["thing 1", "--nearest"]):
         line = refused(sample_t2i.main, capsys, run, *how, "--out", tmp_path / "a.png")
         assert f"holds other rows than {run} was trained on" in line

@@ -185,6 +185,11 @@ def test_a_part_does_not_delete_what_another_command_drew_meanwhile(
     assert {row["cfg"] for row in told(folder)} == {5} and {n[4] for n in shown(folder)} == {"1"}
 
 
+def test_a_size_that_does_not_fit_leaves_nothing(home, tmp_path, capsys):
+    said = refused(main, capsys, home / "shapes", "a", "--size", 18, "--out", tmp_path / "a.png")
+    assert "18x18 must be a multiple of patch_size" in said and not [*tmp_path.iterdir()]
+
+
 def test_only_pictures_of_ours_are_replaced(home, tmp_path):
     call(main, home / "shapes", "a ring", "--images", 1, "--out", tmp_path / "a.png")
     mine = tmp_path / "a_pictures" / "00099-0000.png"

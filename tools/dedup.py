@@ -89,11 +89,11 @@ def main(argv: list[str] | None = None):
     device = choose_device(args.device)
     source = open_source(args)
     embed = pixels if args.model == "pixels" else image_features(args.model, device)
-    rows, lengths, vectors = [], [], []
+    rows, checks, vectors = [], [], []
     for batch in pictures(source, args):
-        numbers, bytes_, images = zip(*batch, strict=True)
+        numbers, files, images = zip(*batch, strict=True)
         rows += numbers
-        lengths += bytes_
+        checks += files
         vectors.append(normalize(embed(list(images)).float(), dim=1))
     if not rows:
         raise ValueError(f"SOURCE {args.source} has no image that can be read")
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None):
     found = [gone.get(i) for i in range(len(rows))]
     table = {
         "row": rows,
-        "image_bytes": lengths,
+        "image_crc32": checks,
         "drop": [f is not None for f in found],
         "repeats": [f and rows[f[0]] for f in found],
         "cosine": [f and f[1] for f in found],

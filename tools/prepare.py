@@ -281,14 +281,14 @@ def blocks(table, size: int, seed: int):
 
 
 def pictures(source: Source, args):
-    """For dedup and recaption: lists of (row number, bytes of its file, image), a batch each,
+    """For dedup and recaption: lists of (row number, CRC-32 of its file, image), a batch each,
     without the bad ones."""
 
     def read(item):
         with suppress(Exception):
             image = source.picture(item[1])
             image.thumbnail((SIDE, SIDE))
-            return item[0], len(source.file(item[1])), image
+            return item[0], zlib.crc32(source.file(item[1])), image
 
     rows = enumerate(tqdm(source.table, unit="row"))
     with ThreadPoolExecutor(args.workers) as pool:
@@ -433,8 +433,8 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             name = str(row.get("file_name") or row.get("__key__") or name)
             if not isinstance(more.get("drop"), bool | None):
                 raise ValueError(f"drop {more['drop']!r} of --with must be true or false")
-            length = more.get("image_bytes")  # of dedup and recaption
-            if length is not None and length != len(source.file(row)):
+            check = more.get("image_crc32")  # of dedup and recaption
+            if check is not None and check != zlib.crc32(source.file(row)):
                 raise ValueError("its image has changed since --with was made: make that again")
             if more.get("drop"):
                 raise Dropped("--with says drop")
@@ -793,6 +793,8 @@ def main(argv: list[str] | None = None):
             )
     vae, size = image_encoder(args.vae, device), args.size
     if args.latent:
+        if args.vae == "pixels":
+            raise ValueError("--latent needs the --vae that made the latents")
         if len(args.shape) != 3 or args.shape[0] != vae.channels:
             raise ValueError(
                 f"--latent-shape {args.latent_shape} must be channels x rows x columns; --vae"
@@ -803,6 +805,8 @@ def main(argv: list[str] | None = None):
     buckets = make_buckets(size, unit, args.max_aspect)
     if not buckets:
         raise ValueError(f"--size {size} must be at least {unit}, patch x VAE factor")
+    if size % unit and not args.latent:
+        raise ValueError(f"--size {size} must be a multiple of {unit}, patch x VAE factor")
     tokens = args.text_tokens or (32 if args.text_encoder == "hash" else 256)
     text = text_encoder(args.text_encoder, tokens, device)
     form = TextFormat(tokens, text.dim, args.text_bits, args.text_reach)

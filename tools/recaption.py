@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None):
     check_free(args.out)
     source = open_source(args)
     write = Captioner(args.model, args.ask, choose_device(args.device))
-    table = {"row": [], "image_bytes": [], "recaption": []}
+    table = {"row": [], "image_crc32": [], "recaption": []}
     for batch in pictures(source, args):
-        rows, lengths, images = zip(*batch, strict=True)
+        rows, checks, images = zip(*batch, strict=True)
         table["row"] += rows
-        table["image_bytes"] += lengths
+        table["image_crc32"] += checks
         table["recaption"] += write(list(images))
     write_table(args.out, table, source.id)
     print(f"{args.out}: {len(table['row']):,} captions")
