@@ -556,6 +556,10 @@ def read_ds_config(settings: Settings, ranks: int, fits: Callable) -> dict:
     check(f'{file}: "steps_per_print"', config.setdefault("steps_per_print", 10**9), Count)
     if config.get("communication_data_type", "fp32") not in DTYPES:
         raise ValueError(f'{file}: "communication_data_type" must be fp32 or bf16')
+    for key in ("tensorboard", "csv_monitor"):  # made before the folder is the run's
+        path = dict(config.get(key) or {}).get("output_path")
+        if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(settings.out)):
+            raise ValueError(f'{file}: "output_path" of {key} lies in --out: choose another')
     batch = settings.batch_size
     micro = settings.micro_batch or fits(config, max(1, batch // ranks))
     # DeepSpeed's rule: batch = micro-batch · ranks · passes.

@@ -324,7 +324,7 @@ def settle_run(
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
     out, first = Path(os.path.realpath(typed.get("out", cls.out))), typed.get("init")
     replaced = (out, out.with_name(f"{out.name}.old"))  # move_away
-    read = [*typed.get("data", ()), typed.get("data_dir"), first]  # what a run reads
+    read = [*typed.get("data", ()), typed.get("data_dir"), first, stage]  # what a run reads
     names = ("shapes", *SOURCES)  # no folders
     for given in (given for given in read if given and given not in names):
         if any(Path(os.path.realpath(given)).is_relative_to(place) for place in replaced):

@@ -466,6 +466,11 @@ def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
     assert manifest["image"] == {"kind": "latents", "channels": 4, "factor": 2}
     for number, row in prepared(out, np.float16, (1, 1, 4), 2).items():
         close(row["image"][0, 0], torch.tensor(raw[number] * (24 / 255) - 12), atol=8e-3)
+    rows["latent"] = raw.transpose(0, 2, 3, 1).astype(np.float32).tolist()  # channels last
+    Dataset.from_dict(rows).to_parquet(tmp_path / "last.parquet")
+    said = "the latent is (6, 6, 4), --latent-shape says 4x6x6"
+    how = ["--latent", "latent", "--latent-shape", "4x6x6", "--bad-limit", 0]
+    refused(capsys, said, tmp_path / "last.parquet", tmp_path / "last", *scale, *how)
 
 
 # --- what is refused -----------------------------------------------------------------------------

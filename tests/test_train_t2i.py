@@ -386,6 +386,19 @@ def test_a_run_from_another_at_a_larger_size(done, tmp_path):
     close(large.model.state_dict(), stretched.state_dict(), atol=0, rtol=0)
 
 
+def test_what_lies_in_the_runs_folder_is_refused_before_it_is_made(tmp_path, capsys):
+    text = json.loads(Settings.ds_config.read_text())
+    where = {"enabled": True, "output_path": str(tmp_path / "run")}
+    (tmp_path / "ds.json").write_text(json.dumps(text | {"csv_monitor": where}))
+    prepare(pictures(tmp_path / "source", 20, [(48, 48)]), tmp_path / "data")
+    for how, reason in (
+        (["--ds-config", tmp_path / "ds.json"], '"output_path" of csv_monitor lies in --out'),
+        (["--data", tmp_path / "data", "--stage", tmp_path / "run" / "s"], "lies in --out, which"),
+    ):
+        assert reason in refused(t2i, capsys, *QUICK.split(), *how, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_judge_scores_own_images_and_monitors_show_them(tmp_path, monkeypatch, capsys):
     """Wandb is a stand-in; tensorboard's file is read."""
     clip, logged = tiny_clip(tmp_path / "clip"), []

@@ -391,6 +391,8 @@ def caption(row: dict, column: str, args, label) -> str | None:
 def latent(raw, args) -> Tensor:
     """A ready-made latent = raw · scale + offset, as the VAE's mean is; (1, C, h, w) fp32."""
     raw = np.frombuffer(raw, args.latent_dtype) if isinstance(raw, bytes) else np.array(raw)
+    if raw.ndim > 1 and raw.shape != tuple(args.shape):  # lists in lists know their shape
+        raise ValueError(f"the latent is {raw.shape}, --latent-shape says {args.latent_shape}")
     values = torch.from_numpy(raw.astype(np.float32)).view(1, *args.shape)
     values = values * args.latent_scale + args.latent_offset
     if not values.half().isfinite().all():
