@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -264,12 +265,15 @@ def show(args, name: str, models: dict, start: Tensor, data: Tensor):
         moving.append((square.scatter(*walk[0].T, s=2, color="C0"), walk))
     save_figure(still, args.out / f"{name}.png", dpi=100)
     label, writer = film.supxlabel(""), PillowWriter(fps=8)
-    with writer.saving(film, args.out / f"{name}.gif", dpi=80):
-        for frame in range(0, STEPS + 1, 2):
-            for dots, walk in moving:
-                dots.set_offsets(walk[frame, :600])
-            label.set_text(f"t = {1 - frame / STEPS:.2f}   (1 {args.source}, 0 {name})")
-            writer.grab_frame()
+    with TemporaryDirectory() as folder:  # the writer needs a file
+        made = Path(folder) / "film.gif"
+        with writer.saving(film, made, dpi=80):
+            for frame in range(0, STEPS + 1, 2):
+                for dots, walk in moving:
+                    dots.set_offsets(walk[frame, :600])
+                label.set_text(f"t = {1 - frame / STEPS:.2f}   (1 {args.source}, 0 {name})")
+                writer.grab_frame()
+        write_whole(args.out / f"{name}.gif", made.read_bytes())
     plt.close("all")
 
 
