@@ -138,6 +138,8 @@ def write_rows(path: Path | None, rows: list[dict]):
 
 def check_table(path: Path, columns: Iterable[str]) -> bool:
     """Whether the table must be begun. ValueError if it is cut, or has other columns."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no such folder, make it first")
     if not path.exists() or path.stat().st_size == 0:
         return True
     with open(path, "rb") as file:

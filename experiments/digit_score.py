@@ -34,8 +34,9 @@ from common.pictures import png_path, save_figure
 from common.pipeline import Sampling
 from common.settings import option, parse
 from common.start import program, write_whole
-from inputs.digits import ImageSet, fingerprint, load_images
+from inputs.digits import SOURCES, ImageSet, fingerprint, load_images
 from inputs.encoders import to_unit
+from inputs.rows import open_rows
 from mmdit import checksum
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -169,10 +170,15 @@ def main(argv: list[str] | None = None):
         png_path(table.with_suffix(".png"), "the plot")
         if table.exists() and not table.read_bytes().startswith(",".join(COLUMNS).encode()):
             raise ValueError(f"{table} would be overwritten: move it away")
-    name = args.data or pipeline.facts["source"]
+    facts = pipeline.facts
+    name = args.data or facts["source"]
+    if not args.data and name in SOURCES:  # or a damaged test set would be a low score
+        known = open_rows([name], data_dir=args.data_dir, seed=facts["seed"]).id
+        if facts["rows"] != known:
+            raise ValueError(f"{name} holds other images than {args.run} was trained on")
     judge = Judge(name, args.data_dir, args.cache, args.samples, pipeline.device, args.seed)
     rows = [("real", "", "", *judge.real)]
-    quick = [(args.solver or pipeline.facts["solver"], args.steps or pipeline.facts["steps"])]
+    quick = [(args.solver or facts["solver"], args.steps or facts["steps"])]
     for solver, steps in tqdm(quick if args.quick else list(product(rf.SOLVERS, STEPS))):
         how = args.how() | {"steps": steps, "solver": solver}
         score = judge.score(pipeline.draw(judge.captions, judge.noise, **how), judge.labels)

@@ -39,7 +39,7 @@ PARAMETRIZATIONS = ("standard", "mup", "muon")  # muon: mup, with Muon for the h
 DATASETS = ("glyphs", "mnist", "shapes")
 WIDTHS = [32, 64, 128, 256]
 RATES = [0.001 * 2**i for i in range(7)]  # 0.001 … 0.064 at the smallest width
-VALIDATION = 512  # held-out rows that are asked
+VALIDATION = 512  # held-out rows that are asked, at most
 
 # ------------------------------------------------------------------------------------------------
 # Data: the same batches for every width, rate and parametrisation
@@ -91,8 +91,9 @@ class Data:
             self.rows.image, self.rows.factor = Halves(1), Halves.factor
             self.config = replace(PRESETS["digits"], patch_size=4)
         held, generator = self.rows.held[0], torch.Generator().manual_seed(0)
-        batch = self.rows.draw(range(VALIDATION), 0, held)
-        u, noise = rf.spread(VALIDATION, generator), batch.noise.normal_(generator=generator)
+        asked = min(VALIDATION, len(held.rows))
+        batch = self.rows.draw(range(asked), 0, held)
+        u, noise = rf.spread(asked, generator), batch.noise.normal_(generator=generator)
         self.held = batch._replace(u=u, noise=noise)
 
 

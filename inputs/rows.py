@@ -326,7 +326,7 @@ class Digits(Source):
         training, held = digits.load_images(name, data_dir, seed=seed)
         self.count, self.channels = len(training.labels), training.images.shape[1]
         self.name, self.words = training.source, tuple(training.classes)
-        self.id = digits.fingerprint(training)
+        self.id = digits.fingerprint(training) + digits.fingerprint(held)
         self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
         self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
         self.training = self.count * (2 if self.name == "cifar10" else 1)

@@ -8,6 +8,7 @@ from helpers import DIGITS, call, exported, refused
 import rf
 from experiments import digit_score
 from inputs import digits
+from inputs.rows import open_rows
 
 FEW = digits.glyphs(1500, seed=0), digits.glyphs(300, seed=1)
 
@@ -47,7 +48,10 @@ def test_the_judge_reads_holds_unseen_images_against_the_test_set_and_asks_all(h
 
 
 def test_table_of_a_run(home, tmp_path, capsys):
-    run = exported(tmp_path / "run", DIGITS | {"size": 28})
+    rows = open_rows(["glyphs"]).id
+    run = exported(tmp_path / "run", DIGITS | {"size": 28, "rows": rows})
+    other = exported(tmp_path / "other", DIGITS | {"size": 28, "rows": "0"})
+    assert "other images than" in refused(digit_score.main, capsys, other, "--cache", home)
     options = (run, "--samples", 20, "--cache", home, "--device", "cpu")
 
     def quick(*more):

@@ -8,7 +8,7 @@ import torch
 from helpers import close
 
 from inputs import encoders
-from inputs.encoders import VAE, HashText, Pixels, TextFormat, text_encoder
+from inputs.encoders import VAE, HashText, Pixels, TextFormat, files_check, text_encoder
 
 # --- text ----------------------------------------------------------------------------------------
 
@@ -92,6 +92,20 @@ def tiny_t5(folder):
     torch.manual_seed(0)
     transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
     return str(folder)
+
+
+def test_another_part_of_a_models_file_is_seen(tmp_path):
+    """As a LoRA merged into the middle of it."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(5 * 2**20))
+    found = {files_check(str(tmp_path), "vae"), files_check(str(tmp_path / "no"), "vae")}
+    for place in (0, 2 * 2**20 + 9, 4 * 2**20 + 4095):
+        with open(file, "r+b") as opened:
+            opened.seek(place)
+            opened.write(b"1")
+        found.add(files_check(str(tmp_path), "vae"))
+    file.rename(tmp_path / "model2.safetensors")
+    assert len(found | {files_check(str(tmp_path), "vae")}) == 6 and "" in found
 
 
 def test_t5_masks_padding_and_opens_pipelines(tmp_path):

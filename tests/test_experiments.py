@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import DIGITS, SHAPES, call, close, exported, refused
 from PIL import Image
+from test_digits import write_mnist
 
 import rf
 from experiments import coordinate_check, edit, lr_transfer, shape_scaling
@@ -95,6 +97,12 @@ def test_a_grid_is_not_run_twice(tmp_path, monkeypatch, capsys, dataset):
 def test_other_data_are_refused(tmp_path, capsys, program):
     said = refused(program.main, capsys, "--dataset", tmp_path)
     assert f"--dataset '{tmp_path}' must be one of glyphs, mnist, shapes" in said
+
+
+def test_few_held_out_pictures_are_enough(tmp_path):
+    write_mnist(tmp_path, 40)
+    data = lr_transfer.Data(SimpleNamespace(dataset="mnist", data_dir=tmp_path, device="cpu"))
+    assert len(data.held.stored) == 40
 
 
 def test_training_helps():
