@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import rf
 from common.evaluate import frechet_distance
-from common.pictures import png_path, save_figure
+from common.pictures import SIGN, save_figure
 from common.pipeline import Sampling
 from common.settings import option, parse
 from common.start import program, write_whole
@@ -166,10 +166,10 @@ class Settings(Sampling):
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
     pipeline, table = args.open(), Path(args.run) / "digit_score.csv"
-    if not args.quick:
-        png_path(table.with_suffix(".png"), "the plot")
-        if table.exists() and not table.read_bytes().startswith(",".join(COLUMNS).encode()):
-            raise ValueError(f"{table} would be overwritten: move it away")
+    ours = {table: ",".join(COLUMNS).encode(), table.with_suffix(".png"): SIGN}
+    for file, sign in () if args.quick else ours.items():
+        if file.exists() and sign not in file.read_bytes():
+            raise ValueError(f"{file} would be overwritten: move it away")
     facts = pipeline.facts
     name = args.data or facts["source"]
     if not args.data and name in SOURCES:  # or a damaged test set would be a low score
