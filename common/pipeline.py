@@ -309,16 +309,16 @@ def natural_shift(vae: str, size: int) -> float:
 
 
 def settle_run(
-    cls: type, typed: dict, begun: dict, device, recipe_of: Callable, stage=None, own=()
+    cls: type, typed: dict, record: dict, device, recipe_of: Callable, stage=None, own=()
 ) -> tuple:
     """→ the settings and the rows of a run, for both trainers.
 
-    typed: the command line. begun: "settings" and "rows" (a checksum) of the run to resume, or {}.
+    typed: the command line. record: "settings" and "rows" (a checksum) of the run to resume, or {}.
     recipe_of: preset → its defaults. own: further defaults of the trainer's.
     A run that starts from another takes its network and encoders, and its time shift, made fit for
     the new size (natural_shift).
     """
-    saved = begun.get("settings", {})
+    saved = record.get("settings", {})
     lost = {f.name for f in fields(cls) if not f.metadata["local"]} - saved.keys() if saved else ()
     if lost:
         raise ValueError(f"the run to resume is damaged: its settings lack {', '.join(lost)}")
@@ -338,7 +338,7 @@ def settle_run(
         seed=known.get("seed", 0),
         stage=stage,
     )
-    if begun and begun["rows"] != rows.id:
+    if record and record["rows"] != rows.id:
         raise ValueError(f"the run in {out} was trained on other rows: give its --data")
     older = {key: init[key] for key in FROM_INIT if init}
     defaults = [rows.step_defaults(known), rows.defaults, older, *own]

@@ -84,8 +84,9 @@ def write_all(contents: dict[Path, bytes | memoryview]):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        if len(contents) > 1:
-            path.unlink(missing_ok=True)
+        *others, last = contents
+        if others:
+            last.unlink(missing_ok=True)
         for path, file in temporary.items():
             os.replace(file, path)
     except OSError as error:

@@ -39,6 +39,7 @@ COLORS = {
 PALETTE = np.array(list(COLORS.values()), float)  # (colours, 3)
 SIZES = {"small": 0.14, "large": 0.19}  # radius
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+EDGE = 0.03  # of the picture's side, at least, between a thing and the picture's edge
 CLEAR = 1.2  # a relation is drawn at least so many times as far along its axis as across it
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = ("no", "one", "two", "three", "four")
@@ -75,7 +76,7 @@ class World(NamedTuple):
         # Or draw_scene would look for a layout for ever: two large things, one above the other.
         radius = SIZES["large"]
         points = np.arange(self.places) / self.places + 0.5 / self.size
-        points = points[(points >= radius + 0.03) & (points <= 1 - radius - 0.03)]
+        points = points[(points >= radius + EDGE) & (points <= 1 - radius - EDGE)]
         along = points[-1] - points[0]
         across = (points - points[0])[points - points[0] <= along / CLEAR].max()
         if along**2 + across**2 <= least_gap(radius, radius) ** 2:
@@ -244,7 +245,7 @@ def draw_scene(meaning: Meaning, rng: np.random.Generator, world: World = FULL) 
         size = group.size or ("small" if total > 2 else pick(rng, SIZES))
         looks += [(group.shape, color, SIZES[size], rgb)] * group.count
     radii = np.array([radius for _, _, radius, _ in looks])
-    low, high = radii[:, None] + 0.03, 1 - radii[:, None] - 0.03
+    low, high = radii[:, None] + EDGE, 1 - radii[:, None] - EDGE
     tries = min(4 ** (total + 1), 256)  # layouts at once: crowded ones fit rarely
     while True:
         layouts = rng.uniform(low, high, (tries, total, 2))

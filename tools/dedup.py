@@ -89,11 +89,11 @@ def main(argv: list[str] | None = None):
     device = choose_device(args.device)
     source = open_source(args)
     embed = pixels if args.model == "pixels" else image_features(args.model, device)
-    rows, checks, vectors = [], [], []
+    rows, crcs, vectors = [], [], []
     for batch in pictures(source, args):
         numbers, files, images = zip(*batch, strict=True)
         rows += numbers
-        checks += files
+        crcs += files
         vectors.append(normalize(embed(list(images)).float(), dim=1))
     if not rows:
         raise ValueError(f"SOURCE {args.source} has no image that can be read")
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None):
     found = [gone.get(i) for i in range(len(rows))]
     table = {
         "row": rows,
-        "image_crc32": checks,
+        "image_crc32": crcs,
         "drop": [f is not None for f in found],
         "repeats": [f and rows[f[0]] for f in found],
         "cosine": [f and f[1] for f in found],

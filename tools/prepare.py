@@ -358,7 +358,7 @@ def fit(image: Image.Image, buckets: list[tuple[int, int]], max_upscale: float) 
 # ------------------------------------------------------------------------------------------------
 
 
-def cell(row: dict, column: str):
+def nested(row: dict, column: str):
     """row["json"]["caption"] for the column "json.caption"; None where there is none."""
     value = row.get(column)
     if value is None:
@@ -372,7 +372,7 @@ def caption(row: dict, column: str, args, label) -> str | None:
     A label becomes a sentence (--label-template): text encoders have read sentences, not class
     names.
     """
-    value = cell(row, column)
+    value = nested(row, column)
     if isinstance(value, Path):
         value = value.read_text(encoding="utf-8-sig") if value.is_file() else None
     if column == args.label and value is not None:
@@ -444,7 +444,7 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             said = [caption(row, column, args, label) for column in captions]
             if not any(said):
                 raise ValueError("no caption")
-            kept = cell(row, args.held) if args.held else None
+            kept = nested(row, args.held) if args.held else None
             if isinstance(kept, str):  # of a CSV
                 kept = {"true": True, "false": False, "": None}.get(kept.lower(), kept)
             if kept not in (True, False, None):

@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None):
     write = Captioner(args.model, args.ask, choose_device(args.device))
     table = {"row": [], "image_crc32": [], "recaption": []}
     for batch in pictures(source, args):
-        rows, checks, images = zip(*batch, strict=True)
+        rows, crcs, images = zip(*batch, strict=True)
         table["row"] += rows
-        table["image_crc32"] += checks
+        table["image_crc32"] += crcs
         table["recaption"] += write(list(images))
     write_table(args.out, table, source.id)
     print(f"{args.out}: {len(table['row']):,} captions")
