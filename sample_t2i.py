@@ -26,8 +26,10 @@ any batch size, and two runs, or two values of an option, can be compared pictur
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
@@ -42,7 +44,16 @@ from common.log import write_rows
 from common.pipeline import Pipeline, Sampling
 from common.retrieval import Gallery, beside_nearest, retrieved
 from common.settings import Parted, option, parse
-from common.start import MARK, claim, owned, program, read_lines, write_all, write_whole
+from common.start import (
+    MARK,
+    PART,
+    claim,
+    owned,
+    program,
+    read_lines,
+    write_all,
+    write_whole,
+)
 from inputs.encoders import VAE, HuggingFaceText
 from inputs.rows import open_rows
 from inputs.shapes import TAGS, World, obeyed, prompts_by_tag, scores
@@ -79,6 +90,8 @@ class Settings(Parted, Sampling):
         if self.share.step > 1 and (self.score or self.export or self.gif or self.nearest):
             alone = "--score, --export, --gif and --nearest"
             raise ValueError(f"--part {self.part} shares captions: drop {alone}")
+        if self.auraflow and self.export[:1] == ["weights"]:
+            raise ValueError("--auraflow is a release and no run of ours: --export diffusers alone")
         if self.nearest and (self.score or self.export):
             raise ValueError("--nearest is for pictures of captions: drop --score or --export")
         if (self.score or self.export) and (self.prompt or self.prompts):
@@ -316,6 +329,21 @@ def export(pipeline: Pipeline, form: str, out: Path):
         save_diffusers(pipeline.model, out)
 
 
+def export_whole(pipeline: Pipeline, form: str, out: Path):
+    """As export, but what is killed meanwhile leaves only what the next export deletes."""
+    with owned(out, "sample_t2i.py --export", "--export"):
+        part = out / PART
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            export(pipeline, form, part)
+            # The .json that says what the others are comes last.
+            for path in sorted(part.iterdir(), key=lambda path: path.suffix == ".json"):
+                os.replace(path, out / path.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 def read_prompts(args: Settings) -> list[str]:
     """The captions of the command line, then those of --prompts."""
     captions = [caption for caption in args.prompt if caption.strip()]
@@ -343,8 +371,7 @@ def main(argv: list[str] | None = None):
         form, out = args.export
         if form == "diffusers":
             check(pipeline.model.config)  # before a folder is made
-        with owned(Path(out), "sample_t2i.py --export", "--export"):
-            export(pipeline, form, Path(out))
+        export_whole(pipeline, form, Path(out))
         print(f"wrote {out}")
         return
     if args.cudagraphs and pipeline.device.type != "cuda":

@@ -523,6 +523,8 @@ def main(argv: list[str] | None = None):
         log.begin()
         # 5. Train, and write the results, also those of a run that was stopped.
         path, step = folder / "checkpoint.pt", state.get("step", 0)
+        if step == settings.steps and log.changed:  # or the next resume would undo it
+            save(path, model, adamw, rows, settings, log, step)
         step = train(model, adamw, rows, settings, log, step, path)
         finish(model, adamw, rows, settings, log, step, folder)
     where = "dry run passed; a run would leave" if settings.dry_run else "wrote"

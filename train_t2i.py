@@ -944,9 +944,11 @@ class Run:
         for file in sorted(path.glob("*.pt"))[self.ranks.rank :: self.ranks.count]:
             intact(file)
         load_checkpoint(self.engine, self.adamw, path, record["mark"], self.ranks)
-        self.step, self.seen, self.saved_at = record["step"], record["samples"], record["samples"]
+        self.step, self.seen = record["step"], record["samples"]
         self.evals, self.log.rows = record["evals"], record["log"]
         self.log.changed = changes(record["settings"], self.settings)
+        # A finished run is saved again if options change, or the next resume would undo them.
+        self.saved_at = None if self.log.changed else self.seen
 
     def open(self):
         """Bring the run's files to the state of the checkpoint, or of the start: later rows go.

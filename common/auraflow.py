@@ -153,15 +153,17 @@ def load_auraflow(
     """AuraFlow's released weights, or an export, as an MMDiT in eval mode.
 
     path: a safetensors file, a folder of shards, or a pipeline's folder, which has transformer/.
-    dtype: of the weights (default: as stored). head_dim: 256 unless a config.json says otherwise.
+    dtype: of the weights (default: as stored). A config.json beside them says how large patches
+    and heads are; without one, they are the release's: 2, and 256 unless head_dim is given.
     In diffusers' naming, tensors are read one after another and no second copy is held.
     Raises FileNotFoundError or ValueError for what is not AuraFlow's.
     """
     path = Path(path)
     path = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = stored(path, device)
-    if head_dim is None and (path / "config.json").is_file():
-        head_dim = json.loads((path / "config.json").read_text()).get("attention_head_dim")
+    beside = path / "config.json"
+    said = json.loads(beside.read_text()) if beside.is_file() else {}
+    head_dim = head_dim or said.get("attention_head_dim", 256)
     try:
         if "proj_out.weight" not in tensors:
             tensors = renamed(tensors)
@@ -177,18 +179,20 @@ def load_auraflow(
         return len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
 
     n_double = layers("joint_transformer_blocks.")
-    patch = 2 if values % 4 == 0 else 1
+    patch = said.get("patch_size", 2 if values % 4 == 0 else 1)
+    if values % patch**2:
+        raise ValueError(f"{beside} says patch_size {patch}, the weights have {values} values")
     config = MMDiTConfig(
         in_channels=values // patch**2,
         patch_size=patch,
         dim=dim,
-        head_dim=head_dim or 256,
+        head_dim=head_dim,
         n_layers=n_double + layers("single_transformer_blocks."),
         n_double_layers=n_double,
         text_dim=text_dim,
         max_grid=round(cells**0.5),
         residual="auraflow",
-        base_dim=head_dim or 256,
+        base_dim=head_dim,
     )
     check(config)
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.settings import Checked, Natural, rule
-from common.start import still_there, write_whole
+from common.start import still_there, write_new, write_whole
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (without sparsity), for the MFU.
 PEAK_TFLOPS = {  # a word of the device's name; the first that fits
@@ -154,11 +154,10 @@ def append_row(path: Path | None, row: dict):
     if path is not None:
         still_there(path)
         new = check_table(path, row)
+        if new:  # several processes may begin a table together
+            write_new(path, (",".join(row) + "\r\n").encode())
         with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, row.keys()).writerow(row)
 
 
 # ------------------------------------------------------------------------------------------------

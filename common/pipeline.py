@@ -197,8 +197,11 @@ class Pipeline:
         """AuraFlow's release, by hub name or folder. dtype: of network and text encoder."""
         folder = pipeline_folder(name)
         model = load_auraflow(folder, device, dtype)
-        text = HuggingFaceText(str(folder), 256, device, dtype)
-        return cls(model, text, VAE(str(folder), device), AURAFLOW, device, name)
+        text, image = HuggingFaceText(str(folder), 256, device, dtype), VAE(str(folder), device)
+        seen = (model.config.text_dim, model.config.in_channels)
+        if seen != (text.dim, image.channels):
+            raise ValueError(f"{name}: transformer/ does not fit text_encoder/ and vae/ beside it")
+        return cls(model, text, image, AURAFLOW, device, name)
 
     def latent(self, size: int | str | None = None) -> tuple[int, int, int]:
         """(C, h, w) of a picture of 512 or "512x768" pixels. ValueError if it does not fit."""

@@ -97,6 +97,20 @@ def write_all(contents: dict[Path, bytes | memoryview]):
                 file.unlink()
 
 
+def write_new(path: Path, content: bytes):
+    """As write_whole, unless the file is there: of several processes the first one writes it."""
+    spare = path.with_name(f".{path.name}.new.{os.getpid()}{PART}")
+    write_whole(spare, content)
+    try:
+        os.link(spare, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(spare, path)
+    finally:
+        spare.unlink(missing_ok=True)
+
+
 def check_free(path: Path):
     """ValueError if --out is there: it might be what the program reads."""
     if path.exists() or not path.parent.is_dir():
@@ -147,8 +161,9 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise ValueError(f"{what} {path} must be text in UTF-8: {error}") from error
     if not any(lines):
         raise ValueError(f"{what} {path} is empty: write one on each line")
-    if any(line[:1] in ("{", "[") for line in lines):
-        raise ValueError(f"{what} {path} holds JSON, must be plain text: write one on each line")
+    table = path.suffix in (".csv", ".json", ".jsonl", ".tsv")
+    if table or any(line[:1] in ("{", "[") for line in lines):
+        raise ValueError(f"{what} {path} must be plain text, no table: write one on each line")
     return [line for line in lines if line]
 
 
@@ -205,10 +220,8 @@ def claim(folder: Path, program: str, what: str = "--out"):
 def mark(folder: Path, program: str) -> Path:
     """Create the folder, and write down whose it is. → the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MARK
-    if not path.exists():
-        write_whole(path, f"{program}\n".encode())
-    return path
+    write_new(folder / MARK, f"{program}\n".encode())
+    return folder / MARK
 
 
 @contextmanager
@@ -231,7 +244,10 @@ def owned(folder: Path, program: str, what="--out", shared=False, before: list |
             ) from error
         except OSError:  # a file system without locks
             pass
-        if before is not None and listing(folder) != before:
+        moved = not (folder / MARK).exists() or not os.path.samestat(
+            os.fstat(file.fileno()), os.stat(folder / MARK)
+        )
+        if moved or (before is not None and listing(folder) != before):
             raise ValueError(
                 f"{what} {folder} has just been changed by another process: look at it, and start"
                 " again"

@@ -216,6 +216,26 @@ def inside(name: str, part: str) -> dict:
     return {"subfolder": part} if (Path(name) / part).is_dir() else {}
 
 
+def whole_model(kind, name: str, **how):
+    """kind.from_pretrained(name, **how), where all of its weights are in its files, and finite.
+
+    transformers fills a weight that is missing with random numbers: others in each process.
+    """
+    model, info = kind.from_pretrained(name, output_loading_info=True, **how)
+    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if lacking:
+        raise ValueError(f"its files lack {len(lacking)} weights, as {lacking[0]}")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError("its weights are not finite")
+    return model
+
+
+def knows_words(tokenizer):
+    """ValueError if it is empty: transformers makes one without a word if its files are missing."""
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
+        raise ValueError("its tokenizer knows no word: are the tokenizer's files missing?")
+
+
 def files_check(name: str, *parts: str) -> str:
     """Eight hexadecimal digits of a local model's files, "" for a model of the hub.
 
@@ -261,15 +281,20 @@ class HuggingFaceText:
             kind = AutoConfig.from_pretrained(name, **encoder).model_type
             if kind not in classes:
                 raise ValueError(f"it is a {kind!r} model, must be t5 or umt5")
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **inside(name, PARTS[1]))
-            model = classes[kind].from_pretrained(name, **encoder, dtype=dtype)
-            self.model = model.to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                name, **inside(name, PARTS[1]), padding_side="right"
+            )
+            knows_words(self.tokenizer)
+            self.model = whole_model(classes[kind], name, **encoder, dtype=dtype).to(device).eval()
+            self.name, self.tokens, self.device = name, tokens, device
             if not self.length(""):
                 raise ValueError("its tokenizer adds no sign at the end of a text")
+            last = max(self.tokenizer.get_vocab().values())
+            if last >= self.model.config.vocab_size:
+                raise ValueError(f"its tokenizer has a word {last}, more than its network knows")
         except Exception as error:  # of the hub, of files that are cut, of sizes that differ
             reason = line_of(error)
             raise ValueError(f"--text-encoder {name} could not be loaded: {reason}") from error
-        self.name, self.tokens, self.device = name, tokens, device
         self.dim, self.files = self.model.config.d_model, files_check(name, *PARTS)
 
     def length(self, caption: str) -> int:
@@ -352,7 +377,7 @@ class VAE:
         except ImportError as error:
             raise ValueError(f"--vae {name} needs diffusers: pip install diffusers") from error
         try:
-            model = AutoencoderKL.from_pretrained(name, **inside(name, "vae"))
+            model = whole_model(AutoencoderKL, name, **inside(name, "vae"))
             self.model = model.to(device).eval()
         except Exception as error:
             reason = line_of(error)
@@ -404,8 +429,11 @@ def pretrained(model: str, device, option: str, kind: str, processor="AutoProces
         reason = f"{option} {model} needs transformers: pip install transformers"
         raise ValueError(reason) from error
     try:
-        loaded = getattr(transformers, kind).from_pretrained(model, **how)
+        loaded = whole_model(getattr(transformers, kind), model, **how)
         prepares = getattr(transformers, processor).from_pretrained(model)
+        tokenizer = getattr(prepares, "tokenizer", prepares)
+        if hasattr(tokenizer, "get_vocab"):  # and not a processor of images alone
+            knows_words(tokenizer)
     except Exception as error:  # a ValueError if it is a model of another kind
         reason = line_of(error)
         raise ValueError(f"{option} {model} could not be loaded: {reason}") from error

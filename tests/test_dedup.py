@@ -1,6 +1,7 @@
 """tools/dedup.py and tools/recaption.py: what they write, and what prepare makes of it."""
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet
@@ -136,9 +137,41 @@ def llava(folder):
 @pytest.mark.parametrize("model", [blip, llava])
 def test_recaptions_become_a_column(tmp_path, model):
     source, out = pictures(tmp_path / "source", 6), tmp_path / "r.parquet"
-    found = table(recaption, source, out, "--model", model(tmp_path / "model"), "--ask", "Which")
+    asked = ["--ask", "Which"] if model is llava else []
+    found = table(recaption, source, out, "--model", model(tmp_path / "model"), *asked)
     assert found["row"] == list(range(6)) and any(found["recaption"])
     assert "USER" not in " ".join(found["recaption"])  # the question is cut off
     run(source, tmp_path / "data", "--with", out, "--caption", "text", "--caption", "recaption")
     known = enumerate(found["recaption"])
     assert captions(tmp_path / "data") == {i: [f"number {i}", said or None] for i, said in known}
+
+
+def silent(folder, monkeypatch):
+    monkeypatch.setattr(recaption.Captioner, "__call__", lambda self, images: [""] * len(images))
+    return blip(folder)
+
+
+def ill(folder, monkeypatch):
+    """Its processor makes other pictures than its network takes."""
+    for file in blip(folder).glob("*processor_config.json"):
+        file.write_text(re.sub(r"(height|width)\": \d+", r'\1": 40', file.read_text()))
+    return folder
+
+
+def alone(folder, monkeypatch):
+    return blip(folder)
+
+
+@pytest.mark.parametrize(
+    "model, how, reason",
+    [
+        (silent, [], "wrote an empty caption for every image"),
+        (alone, ["--ask", "Which"], "is no chat model and cannot be asked: drop --ask"),
+        (ill, [], "could not be used"),
+    ],
+)
+def test_a_captioner_that_cannot_be_used_says_so(tmp_path, capsys, monkeypatch, model, how, reason):
+    folder, out = model(tmp_path / "model", monkeypatch), tmp_path / "r.parquet"
+    how = [pictures(tmp_path / "source", 3), "--out", out, "--model", folder, *how]
+    said = refused(recaption.main, capsys, *how)
+    assert f"--model {folder} {reason}" in said and not out.exists()

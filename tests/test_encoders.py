@@ -1,14 +1,26 @@
 """encoders.py: frozen word vectors, how features are stored, a tiny T5 and a tiny VAE made here."""
 
+import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import close
+from safetensors.torch import load_file, save_file
 
 from inputs import encoders
-from inputs.encoders import VAE, HashText, Pixels, TextFormat, files_check, text_encoder
+from inputs.encoders import (
+    VAE,
+    HashText,
+    Pixels,
+    TextFormat,
+    files_check,
+    image_encoder,
+    text_encoder,
+)
 
 # --- text ----------------------------------------------------------------------------------------
 
@@ -92,6 +104,66 @@ def tiny_t5(folder):
     torch.manual_seed(0)
     transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
     return str(folder)
+
+
+def lacks(folder):
+    """As an interrupted upload: transformers would fill the weight with random numbers."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.final_layer_norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def wordless(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def small(folder):
+    import transformers
+
+    model = transformers.T5EncoderModel.from_pretrained(folder)
+    model.resize_token_embeddings(4)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (lacks, "its files lack 1 weights, as encoder.block.1.layer.1.DenseReluDense.wo.weight"),
+        (nan, "its weights are not finite"),
+        (wordless, "its tokenizer knows no word: are the tokenizer's files missing?"),
+        (small, "its tokenizer has a word 5, more than its network knows"),
+    ],
+)
+def test_a_t5_that_lacks_something_is_refused(tmp_path, harm, reason):
+    """None of these is an error to transformers: captions would be noise, or all alike."""
+    harm(Path(tiny_t5(tmp_path)))
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        text_encoder(str(tmp_path), 7)
+
+
+def test_a_vae_that_lacks_a_weight_is_refused(tmp_path):
+    tiny_vae(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("decoder.conv_in.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its files lack 1 weights, as decoder\.conv_in"):
+        image_encoder(str(tmp_path))
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(tmp_path):
+    """Else the features of a caption would depend on those beside it."""
+    wanted = text_encoder(tiny_t5(tmp_path), 7)(["a red ring", "red"])
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    close(text_encoder(str(tmp_path), 7)(["a red ring", "red"]), wanted)
 
 
 def test_another_part_of_a_models_file_is_seen(tmp_path):

@@ -165,6 +165,31 @@ def test_two_processes_do_not_train_in_one_folder(home, tmp_path, capsys):
     call(train_mnist.main, *options("mnist", home, out, "--resume"))
 
 
+def test_two_processes_that_begin_together_do_not_own_one_folder(tmp_path, monkeypatch):
+    """The other one marks the folder between this one's mark and its lock."""
+    lock = start.fcntl.flock
+
+    def late(file, how):
+        start.write_whole(tmp_path / "run" / start.MARK, b"train_mnist.py\n")
+        lock(file, how)
+
+    with start.owned(tmp_path / "run", "train_mnist.py"):
+        mark = (tmp_path / "run" / start.MARK).stat()
+        start.mark(tmp_path / "run", "train_mnist.py")  # the file that is locked stays
+        assert os.path.samestat(mark, (tmp_path / "run" / start.MARK).stat())
+    monkeypatch.setattr(start.fcntl, "flock", late)
+    ours = start.owned(tmp_path / "run", "train_mnist.py")
+    with pytest.raises(ValueError, match="has just been changed by another process"), ours:
+        pass
+
+
+def test_the_first_writer_wins(tmp_path):
+    for content in (b"1", b"2"):
+        start.write_new(tmp_path / "new", content)
+    assert (tmp_path / "new").read_bytes() == b"1"
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_refused_run_leaves_the_stage_of_the_running_one(home, tmp_path, capsys, monkeypatch):
     """Two runs have two folders there, also if both are called `run`."""
     name = f"t2i-{zlib.crc32(os.path.realpath(tmp_path / 'run').encode()):08x}"

@@ -266,7 +266,7 @@ def test_the_order_is_shuffled_and_validation_keeps_its_times(tmp_path):
 KILLED = """
 import os, signal, sys
 from tools import dedup, prepare
-write, left = prepare.write_whole, [5]
+write, left = prepare.write_whole, [4]
 def write_whole(path, content):
     left[0] -= 1
     if not left[0]:
@@ -420,6 +420,27 @@ def test_labels_become_captions(tmp_path, make, names):
     assert sorted(captions(tmp_path / "data").values()) == [[name] for name in names for _ in "12"]
 
 
+def test_a_label_of_blanks_is_no_caption(tmp_path, capsys):
+    rows = {"image": [picture(i, [(16, 16)]) for i in range(4)], "y": ["a", "b", " ", "_"]}
+    Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "0.parquet")
+    run(tmp_path / "0.parquet", tmp_path / "data", "--label", "y", "--bad-limit", 1)
+    assert {*captions(tmp_path / "data")} == {0, 1}
+
+
+def test_parts_that_begin_together_have_the_same_options(tmp_path, capsys, monkeypatch):
+    """The other one writes its options down just before this one does."""
+    source, write = pictures(tmp_path / "source", 4), prepare.write_new
+
+    def late(path, content):
+        if path.name == "prepare.json":
+            write(path, content.replace(b'"seed": 0', b'"seed": 1'))
+        write(path, content)
+
+    monkeypatch.setattr(prepare, "write_new", late)
+    said = "was begun with --seed 1, now it is 0"
+    refused(capsys, said, source, tmp_path / "data", "--part", "0/2")
+
+
 def test_cells_of_a_csv_are_words(tmp_path):
     """007 is a name, 12 a caption, and true says that a row is held out."""
     lines = ["file_name,label,text,kept"]
@@ -482,6 +503,9 @@ def test_rows_that_are_encoded_already_pass_through(tmp_path, capsys):
         ("--caption title", "has no column title; there are: file_name, label, text"),
         ("--caption text:much", "--caption text:much: the weight must be a number above 0"),
         ("--caption text:0", "the weight must be a number above 0"),
+        ("--caption text:1 text:2", "--caption text:2: text is given twice, drop one"),
+        ("--label text --caption text", "--caption text: text is given twice, drop one"),
+        ("--with more again", "--with again has the column words once more: drop one file"),
         ("--part 2/2", "--part 2/2 must be i/n"),
         ("--label-template {b}", "may use {} and {a}"),
         ("--size 2", "--size 2 must be at least 4"),
@@ -498,6 +522,8 @@ def test_wrong_options_say_so(tmp_path, monkeypatch, capsys, extra, reason):
     prepare.write_table(Path("joined"), {"number": [1]})
     prepare.write_table(Path("images"), {"row": [1], "file_name": ["1.png"]})
     prepare.write_table(Path("twice"), {"row": [1, 1]})
+    for name in ("more", "again"):
+        prepare.write_table(Path(name), {"row": [1], "words": ["a"]})
     prepare.write_table(Path("beyond"), {"row": [1, 4]})
     refused(capsys, reason, folder(tmp_path / "source", 4), Path("data"), *extra.split())
     assert not Path("data").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from test_encoders import tiny_t5, tiny_vae
 from torchvision.transforms.functional import pil_to_tensor
 
+import sample_t2i
 from common.auraflow import load_auraflow
 from common.pipeline import Pipeline
 from common.start import owned
@@ -229,6 +231,28 @@ def test_the_network_is_exported(home, tmp_path, capsys):
     call(main, run, "--export", "diffusers", tmp_path / "diffusers")
     again = load_auraflow(tmp_path / "diffusers")
     close(again.state_dict(), Pipeline.open(run).model.state_dict(), atol=0, rtol=0)
+    run = exported(tmp_path / "pixels", SHAPES | {"residual": "auraflow"})  # patches of 4 x 4
+    call(main, run, "--export", "diffusers", tmp_path / "four")
+    again, ours = load_auraflow(tmp_path / "four"), Pipeline.open(run).model
+    close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
+    assert (again.config.patch_size, again.config.in_channels) == (4, 3)
+
+
+def test_a_killed_export_leaves_nothing_that_counts(home, tmp_path, monkeypatch):
+    export = [home / "shapes", "--export", "weights", tmp_path / "out"]
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_t2i, "os", SimpleNamespace(replace=killed))
+        patch.setattr(sample_t2i, "shutil", SimpleNamespace(rmtree=lambda *args, **how: None))
+        with pytest.raises(SystemExit):
+            call(main, *export)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"made_by.txt", ".part"}
+    call(main, *export)
+    names = {"made_by.txt", "model.safetensors", "config.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
 def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
@@ -248,6 +272,7 @@ def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
     [
         (["shapes"], "no caption given: write one in quotes, or give --prompts FILE"),
         (["shapes", "--prompts", "nowhere.txt"], "--prompts nowhere.txt is not there: give a text"),
+        (["x", "--auraflow", "--export", "weights", "o"], "--auraflow is a release and no run of"),
         (["shapes", "a ring", "--part", "2/2"], "--part 2/2 must be i/n with 0 ≤ i < n, such as"),
         (
             ["shapes", "a ring", "--part", "1/2", "--gif"],

@@ -121,6 +121,16 @@ def test_what_cannot_be_rewritten_says_why(tmp_path, capsys, monkeypatch, name, 
     assert reason in said and not out.exists()
 
 
+def test_a_model_that_does_not_fit_itself_says_so(tmp_path, capsys):
+    tiny_chat(tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{{ nothing.at.all }}")
+    (tmp_path / "p.txt").write_text("a ring")
+    how = ["--model", tmp_path / "chat", tmp_path / "p.txt", "--out", tmp_path / "out.txt"]
+    said = refused(enhance.main, capsys, *how)
+    assert f"--model {tmp_path / 'chat'} could not be used" in said
+    assert not (tmp_path / "out.txt").exists()
+
+
 # --- geneval -------------------------------------------------------------------------------------
 
 

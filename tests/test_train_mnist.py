@@ -167,6 +167,9 @@ def test_a_finished_run_grows(done, tmp_path, capsys):
     resume(out)  # nothing is left to do, and nothing changes
     assert "changed" not in capsys.readouterr().out
     assert records(out / "log.csv") == [*older, row]
+    call(train_mnist.main, "--resume", "--device", "cpu", "--out", out, "--cfg", 4)
+    resume(out)  # what was given to the finished run stays
+    assert Pipeline.open(out).facts["cfg"] == 4
 
 
 # --- what goes wrong -----------------------------------------------------------------------------

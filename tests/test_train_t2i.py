@@ -299,6 +299,9 @@ def test_a_finished_run_grows(done, tmp_path, capsys):
     )
     assert capsys.readouterr().out.count(f"changed from here on: {changed}\n") == 2
     same(out, tmp_path / "a")  # the same commands, the same run
+    for how in (["--cfg", 4], []):  # what was given to the finished run stays
+        call(t2i, "--resume", "--threads", 1, "--out", tmp_path / "a", *how)
+    assert Pipeline.open(tmp_path / "a").facts["cfg"] == 4
     rows, older = records(out / "log.csv"), records(done / "log.csv")
     assert rows[:2] == older and not any(row["changed"] for row in older)
     found = [(row["step"], row["samples"], row["changed"]) for row in rows[2:]]

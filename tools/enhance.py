@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.settings import Options, option, parse
-from common.start import check_free, choose_device, program, write_whole
+from common.start import check_free, choose_device, line_of, program, write_whole
 from inputs.encoders import pretrained
 
 ANSWER = 128  # tokens, at most
@@ -70,10 +70,13 @@ def enhance(prompts: list[str], name: str, device) -> list[str]:
     answers = write(
         asked, batch_size=16, max_new_tokens=ANSWER, do_sample=False, return_full_text=False
     )
-    return [
-        " ".join(answer["generated_text"].split()) or prompt
-        for prompt, (answer,) in zip(tqdm(prompts), answers, strict=True)
-    ]
+    try:
+        return [
+            " ".join(answer["generated_text"].split()) or prompt
+            for prompt, (answer,) in zip(tqdm(prompts), answers, strict=True)
+        ]
+    except Exception as error:  # a tokenizer or template that does not fit the network
+        raise ValueError(f"--model {name} could not be used: {line_of(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -35,5 +35,6 @@ if [ -n "$PROMPTS" ]; then
   share python -m tools.geneval "$OUT" "$PROMPTS" --out "$OUT-geneval"
 fi
 
-# 4. For everybody else: a pipeline of diffusers.
-[ -e "$OUT-diffusers" ] || python sample_t2i.py "$OUT" --export diffusers "$OUT-diffusers"
+# 4. For everybody else: a pipeline of diffusers, one for each length of the run.
+SEEN=$(grep -o '"samples": [0-9]*' "$OUT/config.json" | grep -o '[0-9]*$')
+[ -e "$OUT-diffusers-$SEEN/model_index.json" ] || python sample_t2i.py "$OUT" --export diffusers "$OUT-diffusers-$SEEN"

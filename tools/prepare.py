@@ -69,7 +69,17 @@ from common.settings import (
     read_json,
     rule,
 )
-from common.start import begin, choose_device, claim, line_of, mark, program, sweep, write_whole
+from common.start import (
+    begin,
+    choose_device,
+    claim,
+    line_of,
+    mark,
+    program,
+    sweep,
+    write_new,
+    write_whole,
+)
 from inputs.encoders import TextFormat, image_encoder, text_encoder
 from inputs.rows import (
     SCHEMA,
@@ -379,7 +389,9 @@ def caption(row: dict, column: str, args, label) -> str | None:
         if type(value) not in (str, int, bool):
             raise ValueError(f"label {value!r:.80} must be a name or a number")
         name = label.int2str(value) if isinstance(label, datasets.ClassLabel) else str(value)
-        name = name.replace("_", " ")
+        name = name.replace("_", " ").strip()
+        if not name:
+            return None
         article = "an" if name[0] in "aeiouAEIOU" else "a"
         words = {"{}": name, "{a}": f"{article} {name}"}
         return re.sub("{a?}", lambda found: words[found[0]], args.label_template)
@@ -705,6 +717,8 @@ def caption_columns(args, columns: list[str]) -> dict[str, float]:
     chosen = {args.label: 1.0} if args.label else {}
     for given in args.caption:
         column, _, weight = given.partition(":")
+        if column in chosen:
+            raise ValueError(f"--caption {given}: {column} is given twice, drop one")
         try:
             chosen[column] = float(weight or 1)
         except ValueError:
@@ -729,7 +743,7 @@ def same_settings(args: Settings, source: Source, models: list[str]) -> dict:
             raise ValueError(f"--out {args.out} has chunks, but no {path.name} that says how made")
         mark(args.out, "tools.prepare")
         (args.out / "chunks").mkdir(exist_ok=True)
-        write_whole(path, json.dumps(now, indent=1).encode())
+        write_new(path, json.dumps(now, indent=1).encode())  # parts may begin together
     older = read_json(path)
     for name in {**older, **now}:
         if now.get(name) != older.get(name):
@@ -773,6 +787,10 @@ def main(argv: list[str] | None = None):
         joins.append(
             join.set_column(join.column_names.index("row"), "row", join["row"].cast("int64"))
         )
+        others = {column for other in joins[:-1] for column in other.column_names}
+        twice = (others & {*join.column_names}) - {"row", "drop", "image_crc32"}
+        if twice:
+            raise ValueError(f"--with {file} has the column {min(twice)} once more: drop one file")
         if source.image in join.column_names:
             raise ValueError(f"--with {file} must not have a column {source.image}, the images'")
         made_from = (join.schema.metadata or {}).get(b"source_files", b"0")

@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 
 from common.settings import option, parse
-from common.start import check_free, choose_device, program
+from common.start import check_free, choose_device, line_of, program
 from inputs.encoders import pretrained
 from tools.prepare import Reading, open_source, pictures, write_table
+
+ASK = "Describe this image in one sentence."
 
 
 class Captioner:
     """An image-to-text model; captions of at most 64 tokens, the likeliest token each time."""
 
-    def __init__(self, name: str, ask: str, device: torch.device):
+    def __init__(self, name: str, ask: str | None, device: torch.device):
         self.model, self.processor = pretrained(
             name, device, "--model", "AutoModelForImageTextToText"
         )
@@ -31,10 +33,16 @@ class Captioner:
         self.prompt = None
         if getattr(self.processor, "chat_template", None):
             self.processor.tokenizer.padding_side = "left"
-            content = [{"type": "image"}, {"type": "text", "text": ask}]
+            content = [{"type": "image"}, {"type": "text", "text": ask or ASK}]
             self.prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
+        elif ask:
+            raise ValueError(f"--model {name} is no chat model and cannot be asked: drop --ask")
+        try:  # a model that does not fit its processor shows before hours
+            self([Image.new("RGB", (32, 32))])
+        except Exception as error:
+            raise ValueError(f"--model {name} could not be used: {line_of(error)}") from error
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> list[str]:
@@ -50,7 +58,7 @@ class Captioner:
 @dataclass(frozen=True)
 class Settings(Reading):
     model: str = option("Salesforce/blip-image-captioning-base", "image-to-text, a name or folder")
-    ask: str = option("Describe this image in one sentence.", "what a chat model is asked")
+    ask: str | None = option(None, f"what a chat model is asked ({ASK})")
 
 
 @program("tools.recaption")
@@ -64,9 +72,12 @@ def main(argv: list[str] | None = None):
         rows, crcs, images = zip(*batch, strict=True)
         table["row"] += rows
         table["image_crc32"] += crcs
-        table["recaption"] += write(list(images))
+        table["recaption"] += [said or None for said in write(list(images))]
+    empty = table["recaption"].count(None)
+    if empty == len(table["row"]):
+        raise ValueError(f"--model {args.model} wrote an empty caption for every image")
     write_table(args.out, table, source.id)
-    print(f"{args.out}: {len(table['row']):,} captions")
+    print(f"{args.out}: {len(table['row']) - empty:,} captions, {empty} images without one")
 
 
 if __name__ == "__main__":
