@@ -36,7 +36,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -358,7 +357,6 @@ def integrate(
     cfg_below: float = 1.0,
     solver: str = "euler",
     return_trajectory: bool = False,
-    progress: bool = False,
 ) -> Tensor:
     """Follow the velocity from x at times[0] to times[-1], one solver step per pair of times.
 
@@ -385,8 +383,7 @@ def integrate(
 
     x = x.to(dtype)
     trajectory = [x]
-    spans = list(pairwise(times))
-    for t, t_next in tqdm(spans, desc=solver, unit="step", disable=not progress):
+    for t, t_next in pairwise(times):
         x = step(v, x, t, t_next - t)
         if return_trajectory:
             trajectory.append(x)
@@ -394,39 +391,16 @@ def integrate(
 
 
 def sample(
-    model: Model,
-    noise: Tensor,
-    text: Tensor,
-    *,
-    null_text: Tensor | None = None,
-    cfg: float = 1.0,
-    cfg_below: float = 1.0,
-    steps: int = 50,
-    solver: str = "euler",
-    shift: float = 1.0,
-    return_trajectory: bool = False,
-    progress: bool = False,
+    model: Model, noise: Tensor, text: Tensor, *, steps: int = 50, shift: float = 1.0, **how
 ) -> Tensor:
     """Noise → data: integrate the velocity from t = 1 to t = 0.
 
-    noise (B, ...) ~ N(0, 1). solver "euler" costs one evaluation of the model a step, "heun" and
-    "rf_solver" two (Heun's last step one); guidance (cfg ≠ 1) doubles the batch. cfg_below: see
-    integrate. shift: see
-    shift_time; use the one of training.
+    noise (B, ...) ~ N(0, 1). shift: see shift_time; use the one of training. how: see integrate.
+    solver "euler" costs one evaluation of the model a step, "heun" and "rf_solver" two (Heun's last
+    step one); guidance (cfg ≠ 1) doubles the batch.
     Returns (B, ...) fp32 or wider, or with return_trajectory (steps + 1, B, ...), the noise first.
     """
-    return integrate(
-        model,
-        noise,
-        text,
-        timesteps(steps, shift),
-        null_text=null_text,
-        cfg=cfg,
-        cfg_below=cfg_below,
-        solver=solver,
-        return_trajectory=return_trajectory,
-        progress=progress,
-    )
+    return integrate(model, noise, text, timesteps(steps, shift), **how)
 
 
 def invert(
@@ -434,14 +408,10 @@ def invert(
     data: Tensor,
     text: Tensor,
     *,
-    null_text: Tensor | None = None,
-    cfg: float = 1.0,
-    cfg_below: float = 1.0,
     steps: int = 50,
-    solver: str = "rf_solver",
     shift: float = 1.0,
-    return_trajectory: bool = False,
-    progress: bool = False,
+    solver: str = "rf_solver",
+    **how,
 ) -> Tensor:
     """Data → the noise that sample would turn into it: the same integral from t = 0 to t = 1.
 
@@ -450,18 +420,8 @@ def invert(
     appears in the result too, so the default solver is of second order.
     Arguments and result as in sample; the trajectory starts with the data.
     """
-    return integrate(
-        model,
-        data,
-        text,
-        timesteps(steps, shift)[::-1],
-        null_text=null_text,
-        cfg=cfg,
-        cfg_below=cfg_below,
-        solver=solver,
-        return_trajectory=return_trajectory,
-        progress=progress,
-    )
+    times = timesteps(steps, shift)[::-1]
+    return integrate(model, data, text, times, solver=solver, **how)
 
 
 def straightness(

@@ -56,6 +56,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -316,21 +317,14 @@ class Samples(Dataset):
         return self.rows.draw(positions, self.seed)
 
 
-class RankPositions:
-    """The positions of one rank's micro-batches, from `seen` on: an endless iterator of lists.
+def rank_positions(seen: int, micro_batch: int, ranks: Ranks) -> Iterator[list[int]]:
+    """The positions of one rank's micro-batches, from `seen` on, endless.
 
     With 2 ranks and micro-batches of 3, rank 0 reads [0 1 2] [6 7 8] …, rank 1 [3 4 5] [9 10 11] …
     A step takes ranks · passes · micro_batch consecutive positions.
     """
-
-    def __init__(self, seen: int, micro_batch: int, ranks: Ranks):
-        self.seen, self.micro_batch, self.ranks = seen, micro_batch, ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self.seen + self.ranks.rank * self.micro_batch
-        while True:
-            yield list(range(first, first + self.micro_batch))
-            first += self.ranks.count * self.micro_batch
+    for first in count(seen + ranks.rank * micro_batch, ranks.count * micro_batch):
+        yield list(range(first, first + micro_batch))
 
 
 def loader(
@@ -349,7 +343,7 @@ def loader(
     return iter(
         DataLoader(
             Samples(rows, settings.seed),
-            batch_sampler=RankPositions(seen, micro_batch, ranks),
+            batch_sampler=rank_positions(seen, micro_batch, ranks),
             num_workers=workers,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,

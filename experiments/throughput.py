@@ -408,7 +408,6 @@ def made_up(folder: Path, side: int, form: TextFormat, length: int, rows: int = 
                 "image": torch.randn(2, 4, side, side).half().numpy().tobytes(),
                 "captions": ["made up"],
                 "text": [form.pack(0.1 * torch.randn(length, form.dim))],
-                "t_index": 0,
                 "where": ("train", 8 * side, 8 * side),
             }
             for _ in range(rows // len(files))

@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from heapq import merge
 from itertools import accumulate, islice, takewhile
 from math import ceil
@@ -55,7 +55,7 @@ from inputs import digits
 from inputs.encoders import Ragged, TextFormat, image_encoder, same_models, text_encoder
 from inputs.shapes import MAX_WORDS, Shapes, World
 
-SCHEMA = 4  # of prepared folders and pairs: a run refuses another one
+SCHEMA = 5  # of prepared folders and pairs: a run refuses another one
 SHAPES_HELD, DIGITS_HELD, PAIRS_HELD = 512, 1000, 512  # rows for the validation loss, at most
 TIMES = 8  # the validation loss is asked at t = 0, 1/8, …, 7/8
 
@@ -100,37 +100,7 @@ class DataOptions(Options):
 # ------------------------------------------------------------------------------------------------
 
 
-def keep(cache: dict, key, make, most: int = 8):
-    """cache[key], made if it is not there; only the newest `most` stay.
-
-    Not functools.lru_cache: objects that hold one cannot be pickled for the loader's workers.
-    """
-    if key not in cache:
-        cache[key] = make()
-        for old in list(cache)[:-most]:
-            del cache[old]
-    return cache[key]
-
-
-class Order:
-    """All rows of a source in a new permutation each epoch: each must be cheap to read."""
-
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed, self.epochs = rows, seed, {}
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(rf.mix_seed(self.seed, "epoch", epoch))
-        return torch.randperm(self.rows, generator=generator).numpy()
-
-    def __call__(self, numbers: Sequence[int]) -> np.ndarray:
-        """n (B,) → row numbers (B,)."""
-        epochs, places = np.divmod(numbers, self.rows)
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            inside = epochs == epoch
-            order = keep(self.epochs, epoch, partial(self._epoch, epoch), 2)
-            rows[inside] = order[places[inside]]
-        return rows
+KEPT = 64  # permutations that are remembered, of all streams together
 
 
 @dataclass(frozen=True)
@@ -156,10 +126,11 @@ class WindowOrder:
     """
 
     def __init__(self, ranges: list[tuple[int, Range]], window: int, seeds: tuple[int, int]):
-        self.ranges, self.window, self.seeds, self.cache = ranges, window, seeds, {}
+        self.ranges, self.window, self.seeds = ranges, window, seeds
         self.rows = sum(r.rows for _, r in ranges)
 
-    def _epoch(self, epoch: int) -> tuple[list, np.ndarray]:
+    @lru_cache(KEPT)  # noqa: B019  an order lives as long as its run
+    def epoch(self, epoch: int) -> tuple[list, np.ndarray]:
         """The windows, lists of ranges, and the place in the epoch at which each begins."""
         chunks = np.array([r.chunk for _, r in self.ranges])
         rng = np.random.default_rng(rf.mix_seed(self.seeds[0], "chunks", epoch))
@@ -169,10 +140,8 @@ class WindowOrder:
         sizes = [sum(r.rows for _, r in window) for window in windows]
         return windows, np.array([0, *accumulate(sizes)])
 
-    def epoch(self, epoch: int) -> tuple[list, np.ndarray]:
-        return keep(self.cache, epoch, partial(self._epoch, epoch))
-
-    def _within(self, epoch: int, window: int) -> np.ndarray:
+    @lru_cache(KEPT)  # noqa: B019
+    def within(self, epoch: int, window: int) -> np.ndarray:
         """The row numbers of a window, permuted."""
         ranges = self.epoch(epoch)[0][window]
         rows = np.concatenate([np.arange(first, first + r.rows) for first, r in ranges])
@@ -184,8 +153,7 @@ class WindowOrder:
         for epoch, place in (divmod(int(n), self.rows) for n in numbers):
             starts = self.epoch(epoch)[1]
             w = int(np.searchsorted(starts, place, side="right")) - 1
-            window = keep(self.cache, (epoch, w), partial(self._within, epoch, w))
-            rows.append(window[place - starts[w]])
+            rows.append(self.within(epoch, w)[place - starts[w]])
         return np.array(rows)
 
     def uses(self, n: int) -> Iterator[tuple[int, int, set[int]]]:
@@ -201,6 +169,18 @@ class WindowOrder:
                     begin = epoch * self.rows
                     yield begin + int(first), begin + int(last), {r.chunk for _, r in window}
             epoch, place = epoch + 1, 0
+
+
+class Order(WindowOrder):
+    """All rows of a source in a new permutation each epoch: each must be cheap to read."""
+
+    def __init__(self, rows: int, seed: int):
+        super().__init__([(0, Range(0, "train", 1, 1, 0, rows))], 1, (0, seed))
+
+    @lru_cache(8)  # noqa: B019
+    def within(self, epoch: int, window: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(rf.mix_seed(self.seeds[1], "epoch", epoch))
+        return torch.randperm(self.rows, generator=generator).numpy()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,8 +220,8 @@ class Held(NamedTuple):
         return self.source.captions(self.row(numbers))
 
     def t_index(self, numbers: Sequence[int]) -> Tensor:
-        """Which of the eight times each row is asked at."""
-        return self.source.t_index(self.row(numbers), numbers)
+        """Which of the eight times each row is asked at: always the same."""
+        return torch.tensor(numbers) % TIMES
 
     def shown(self, most: int) -> list[int]:
         """Numbers of rows to draw pictures of: different captions first."""
@@ -278,16 +258,21 @@ class Source:
     def begin(self, settings: "DataOptions", device):
         raise NotImplementedError
 
+    def items(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:
+        """What is stored of each row, and its caption."""
+        raise NotImplementedError
+
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
         """What is stored of these rows: pixels, latents or states, and their text.
 
         positions: of the samples in the run. Where a row has several captions they choose one, so
         that a row shows another caption in another epoch. None: the first caption.
         """
-        raise NotImplementedError
+        stored, captions = zip(*self.items(rows), strict=True)
+        return torch.stack(stored), self.prepare(list(captions))
 
     def captions(self, rows: np.ndarray) -> list[str]:
-        raise NotImplementedError
+        return [caption for _, caption in self.items(rows)]
 
     def every(self) -> Iterator[tuple[np.ndarray, bool]]:
         """All rows, in parts of one size, and whether they are held out. Before begin(), too.
@@ -295,9 +280,6 @@ class Source:
         ValueError if there is no end of them.
         """
         raise ValueError(f"--data {self.name} is no collection of pictures")
-
-    def t_index(self, rows: np.ndarray, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers) % TIMES
 
     def whole(self, rows: int, held: np.ndarray, bucket: tuple[int, int], seed: int):
         """streams and held of a source with one size."""
@@ -319,17 +301,20 @@ class Digits(Source):
     """A data set of digits.py, as bytes on the device.
 
     60,000 digits are 47 MB, so a step needs no loader and no copy: it indexes. An epoch of CIFAR
-    shows each picture twice, the second time mirrored. A mirrored digit would be another sign.
+    has each picture twice, the second one mirrored. A mirrored digit would be another sign.
     """
 
     def __init__(self, name: str, data_dir: Path, seed: int):
         training, held = digits.load_images(name, data_dir, seed=seed)
-        self.count, self.channels = len(training.labels), training.images.shape[1]
+        self.channels = training.images.shape[1]
         self.name, self.words = training.source, tuple(training.classes)
         self.id = digits.fingerprint(training) + digits.fingerprint(held)
-        self.images = torch.cat([training.images, held.images[:DIGITS_HELD]])
-        self.labels = torch.cat([training.labels, held.labels[:DIGITS_HELD]])
-        self.training = self.count * (2 if self.name == "cifar10" else 1)
+        parts = [(training.images, training.labels)]
+        if self.name == "cifar10":
+            parts.append((training.images.flip(3), training.labels))
+        self.training = sum(len(labels) for _, labels in parts)
+        parts.append((held.images[:DIGITS_HELD], held.labels[:DIGITS_HELD]))
+        self.images, self.labels = map(torch.cat, zip(*parts, strict=True))
         size = self.images.shape[2]
         self.facts = {"size": size, "text_encoder": "words", "text_tokens": 1, "vae": "pixels"}
 
@@ -340,18 +325,11 @@ class Digits(Source):
 
     def every(self) -> Iterator[tuple[np.ndarray, bool]]:
         yield np.arange(self.training), False
-        yield np.arange(self.training, self.training + len(self.images) - self.count), True
+        yield np.arange(self.training, len(self.images)), True
 
     def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
-        index = torch.where(rows < self.count, rows, rows - self.training + self.count)
-        if self.training == self.count:
-            return self.images[index], self.labels[index]
-        mirrored = (rows >= self.count) & (rows < self.training)
-        index = torch.where(mirrored, rows - self.count, index)
-        images = self.images[index]
-        mirrored = mirrored[:, None, None, None]
-        return torch.where(mirrored, images.flip(3), images), self.labels[index]
+        index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+        return self.images[index], self.labels[index]
 
     def captions(self, rows: np.ndarray) -> list[str]:
         return [self.words[label] for label in self.read(rows)[1].tolist()]
@@ -377,15 +355,9 @@ class DrawnShapes(Source):
         held = -1 - Order(count, settings.seed)(range(SHAPES_HELD))
         self.whole(count, held, (side, side), settings.seed)
 
-    def _drawn(self, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
-        return [self.shapes[r < 0][r if r >= 0 else -1 - r] for r in rows.tolist()]
-
-    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
-        pictures, captions = zip(*self._drawn(rows), strict=True)
-        return torch.from_numpy(np.stack(pictures)), self.prepare(list(captions))
-
-    def captions(self, rows: np.ndarray) -> list[str]:
-        return [caption for _, caption in self._drawn(rows)]
+    def items(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:
+        drawn = [self.shapes[r < 0][r if r >= 0 else -1 - r] for r in rows.tolist()]
+        return [(torch.from_numpy(picture), caption) for picture, caption in drawn]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -408,17 +380,17 @@ def checksum(*parts) -> int:
     return total % 2**63
 
 
-def words_of(place: tuple, captions: list, t_index: int) -> bytes:
-    return repr((*place, captions, t_index)).encode()
+def words_of(place: tuple, captions: list) -> bytes:
+    return repr((*place, captions)).encode()
 
 
-def row_checks(place: tuple, image: bytes, captions: list, text: list, t_index: int) -> list[int]:
+def row_checks(place: tuple, image: bytes, captions: list, text: list) -> list[int]:
     """The column "checks": of the image and the words, then of each caption's features.
 
     place: (made, chunk, height, width). So a chunk of another folder, or under another number, is
     noticed, too.
     """
-    words = words_of(place, captions, t_index)
+    words = words_of(place, captions)
     return [checksum(image, words), *(checksum(x or b"") for x in text)]
 
 
@@ -627,7 +599,7 @@ class PreparedFolder(Source):
         captions, checks = columns["captions"][i].as_py(), columns["checks"][i].as_py()
         buffer, text = columns["image"][i].as_buffer(), self.null_blob
         place = (self.manifest["made"], r.chunk, r.height, r.width)
-        words = words_of(place, captions, columns["t_index"][i].as_py())
+        words = words_of(place, captions)
         fine = checks[0] == checksum(buffer, words)
         present = [k for k, caption in enumerate(captions) if caption]
         if present:
@@ -653,10 +625,6 @@ class PreparedFolder(Source):
         found = (self.find(row) for row in rows)
         every = (columns["captions"][i].as_py() for columns, i, _ in found)
         return [next((c for c in captions if c), "") for captions in every]
-
-    def t_index(self, rows: np.ndarray, numbers) -> Tensor:
-        found = (self.find(row) for row in rows)
-        return torch.tensor([columns["t_index"][i].as_py() for columns, i, _ in found])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -792,19 +760,12 @@ class PairsFolder(Source):
             self.tables[i] = read_pairs(self.files[i], self.about)
         return self.tables[i]
 
-    def _read(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:
+    def items(self, rows: np.ndarray) -> list[tuple[Tensor, str]]:
         size, found = self.about["chunk"], []
         for chunk, place in (divmod(row, size) for row in rows.tolist()):
             states, captions = self.chunk(chunk)
             found.append((states[place], captions[place]))
         return found
-
-    def read(self, rows: np.ndarray, positions=None) -> tuple[Tensor, Text]:
-        states, captions = zip(*self._read(rows), strict=True)
-        return torch.stack(states), self.prepare(list(captions))
-
-    def captions(self, rows: np.ndarray) -> list[str]:
-        return [caption for _, caption in self._read(rows)]
 
 
 # ------------------------------------------------------------------------------------------------

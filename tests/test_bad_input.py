@@ -220,7 +220,7 @@ def rows_of(file):
     rows = open_rows([str(file.parents["chunks" in str(file)])])
     source = rows.sources[0]
     if hasattr(source, "about"):
-        return dict(enumerate(source._read(np.arange(source.about["number"]))))
+        return dict(enumerate(source.items(np.arange(source.about["number"]))))
     source.seed, source.number = 0, 0
     numbers = np.arange(source.firsts[-1])
     each = [source.read(numbers[i : i + 1]) for i in numbers]

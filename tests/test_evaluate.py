@@ -254,7 +254,7 @@ def test_a_judge_compares_pictures_with_real_ones_and_captions(home, monkeypatch
     [
         ("clip", "shapes", "--judge is for images of your own"),
         ("clip", "none", "needs at least 2 held-out rows, not 0: prepare again with --validation"),
-        ("t5", "many", "t5 is a 't5' model, must be clip"),
+        ("t5", "many", "t5 could not be loaded: its files lack"),
         ("pickle", "many", "pickle could not be loaded"),
         ("nowhere", "many", "--judge .*nowhere could not be loaded"),
     ],

@@ -83,7 +83,6 @@ from common.start import (
 from inputs.encoders import TextFormat, image_encoder, text_encoder
 from inputs.rows import (
     SCHEMA,
-    TIMES,
     Chunk,
     PreparedFolder,
     Range,
@@ -177,7 +176,7 @@ def open_source(args: Reading) -> Source:
             raise ValueError(
                 f"SOURCE {name} holds {others[0].name} and {files[0].name}: move one away"
             )
-        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, end_of(f)) for f in files]
+        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         id = zlib.crc32(repr(known).encode())
         for file in files if kind == ".tar" else ():
             check_tar(file)
@@ -212,13 +211,6 @@ def open_source(args: Reading) -> Source:
     image = next((c for c in (*typed, *columns) if c in table.features), "image")
     named = "file_name" in columns
     return Source(table, list(table.features), image, Path(*files[:1]).parent, id, named)
-
-
-def end_of(file: Path) -> int:
-    """The checksum of its last 64 KiB (a parquet file's table of contents)."""
-    with open(file, "rb") as opened:
-        opened.seek(-min(2**16, file.stat().st_size), os.SEEK_END)
-        return zlib.crc32(opened.read())
 
 
 def check_tar(file: Path):
@@ -422,7 +414,6 @@ COLUMNS = pa.schema(
         "image": pa.large_binary(),
         "captions": pa.list_(pa.string()),
         "text": pa.list_(pa.large_binary()),
-        "t_index": pa.int8(),
         "checks": pa.list_(pa.int64()),
     }
 )
@@ -469,15 +460,15 @@ def make_chunks(args, source: Source, joins, captions, buckets, vae, text, form,
             kind = getattr(error, "kind", "bad")
             return {"row": number, "name": name, "kind": kind, "reason": line_of(error)}
         # Every tenth place of the shuffled source is held out, up to --validation of them: by its
-        # place, so it does not depend on what happens to other rows. A held-out row is asked at one
-        # of the eight times, always the same. With --held the source itself says which rows.
+        # place, so it does not depend on what happens to other rows. With --held the source itself
+        # says which rows.
         turn, late = divmod(place, EVERY)
         held = late == EVERY - 1 and turn < args.validation
         if args.held:
-            turn, held = place, kept
-        split, t_index = ("validation", turn % TIMES) if held else ("train", 0)
+            held = kept
+        split = "validation" if held else "train"
         where = (split, *(side * factor for side in image.shape[-2:]))
-        return {"row": number, "image": image, "captions": said, "t_index": t_index, "where": where}
+        return {"row": number, "image": image, "captions": said, "where": where}
 
     def encode(batch: list[dict]) -> list[dict]:
         """Rows of one bucket → what is stored of them."""
@@ -610,7 +601,7 @@ def write_chunk(file: Path, rows: list[dict], left_out: list[dict], made: str, f
     rows.sort(key=lambda row: row["where"])
     for row in rows:
         _, *size = row["where"]
-        kept = (row[key] for key in ("image", "captions", "text", "t_index"))
+        kept = (row[key] for key in ("image", "captions", "text"))
         row["checks"] = row_checks((made, int(file.stem), *size), *kept)
     counts, ranges, first = Counter(row["where"] for row in rows), [], 0
     batch, sink = pa.RecordBatch.from_pylist(rows, COLUMNS), pa.BufferOutputStream()
@@ -644,12 +635,10 @@ def finish(files: list[Path], facts: dict) -> dict:
     left_out = [row for chunk in chunks for row in chunk.pop("left_out")]
     for chunk in chunks:
         del chunk["files"]
-    counts, buckets = Counter(row["kind"] for row in left_out), Counter()
+    counts = Counter(row["kind"] for row in left_out)
     for r in ranges:
         counts[r["split"]] += r["rows"]
-        if r["split"] == "train":
-            buckets[r["height"], r["width"]] += r["rows"]
-    if not buckets:
+    if not counts["train"]:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in left_out[:3])
         raise ValueError(f"no row is left to train on; {len(left_out)} left out: {reasons}")
     if facts.get("held") and not counts["validation"]:
@@ -658,7 +647,6 @@ def finish(files: list[Path], facts: dict) -> dict:
         )
     manifest = facts | {
         "rows": {k: counts[k] for k in ("train", "validation", "bad", "small", "dropped")},
-        "buckets": [{"height": h, "width": w, "rows": n} for (h, w), n in sorted(buckets.items())],
         "chunks": chunks,
         "ranges": ranges,
     }
