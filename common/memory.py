@@ -55,13 +55,6 @@ def needs(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, d
     images: of one pass, each of these sides (h, w) as the network sees it. settings: options of a
     program, among them precision, recompute and text_tokens. ds: ds_config.json.
     """
-    fixed, kept, later = counted(images, config, settings, gpus, sides, ds)
-    return fixed | {"activations": kept, "update": max(0, later(kept) - kept)}
-
-
-def counted(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple, ds: dict):
-    """→ bytes that are there all the time; activations; what they are → the most that comes later
-    in their place."""
     dtype = DTYPES[settings.precision]
     with FakeTensorMode():  # shapes and dtypes without memory
         model = MMDiT(config)
@@ -74,16 +67,18 @@ def counted(images: int, config: MMDiTConfig, settings, gpus: int, sides: tuple,
     r = DTYPES.get(ds.get("communication_data_type"), dtype).itemsize
     M = sum(p.numel() for name, p in model.named_parameters() if model.role(name) == "hidden")
     B = bucket_size(ds, N)
-    fixed = {
+    copies = (b + (r if r != b else 0)) * B
+    return {
         "weights": b * N,
         "gradients": (8 + b) * N if zero.get("stage") == 1 else 4 * N / gpus,
         "optimizer": 4 * N / gpus,
         "moments": (8 * N - 4 * M) / gpus,
         "averages": 8 * N / gpus,
         "bucket": (1 + bool(zero.get("overlap_comm"))) * b * B,
+        "activations": kept,
+        # What comes later in the place of the activations, and is larger than they are.
+        "update": max(0, copies - kept * B / N, 20 * M / gpus - kept),
     }
-    copies = (b + (r if r != b else 0)) * B
-    return fixed, kept, lambda kept: max(copies + kept * (1 - B / N), 20 * M / gpus)
 
 
 def activations(model: MMDiT, images: int, sides: tuple, tokens: int) -> int:
@@ -112,7 +107,5 @@ def largest_pass(free: float, share: int, *where) -> int:
 
     share: a GPU's images of a step; the pass divides it. where: as needs has it.
     """
-    fixed, each, later = counted(1, *where)
-    free -= sum(fixed.values())
     fitting = (m for m in range(share, 0, -1) if share % m == 0)
-    return next((m for m in fitting if max(m * each, later(m * each)) <= free), 1)
+    return next((m for m in fitting if sum(needs(m, *where).values()) <= free), 1)
