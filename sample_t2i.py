@@ -50,7 +50,7 @@ from common.start import (
     claim,
     owned,
     program,
-    read_lines,
+    read_prompts,
     write_all,
     write_whole,
 )
@@ -67,7 +67,9 @@ class Settings(Parted, Sampling):
     """Sampling (common/pipeline.py) has the options of every program that draws: cfg, steps, …"""
 
     prompt: list[str] = option([], "one or more captions, in quotes", positional=True)
-    prompts: Path | None = option(None, "a text file with a caption on each line", group="what")
+    prompts: Path | None = option(
+        None, "a text file with a caption on each line, or .jsonl", group="what"
+    )
     images: int = option(4, "pictures of each caption", least=1)
     size: str | None = option(None, "pixels a side, or HEIGHTxWIDTH (the run's)")
     gif: bool = option(False, "also the way from noise to image, beside --out")
@@ -344,10 +346,11 @@ def export_whole(pipeline: Pipeline, form: str, out: Path):
             shutil.rmtree(part, ignore_errors=True)
 
 
-def read_prompts(args: Settings) -> list[str]:
+def read_captions(args: Settings) -> list[str]:
     """The captions of the command line, then those of --prompts."""
     captions = [caption for caption in args.prompt if caption.strip()]
-    captions += read_lines(args.prompts, "--prompts") if args.prompts else []
+    rows = read_prompts(args.prompts, "--prompts") if args.prompts else []
+    captions += [row["prompt"] for row in rows]
     if not captions:
         raise ValueError("no caption given: write one in quotes, or give --prompts FILE")
     return captions
@@ -363,7 +366,7 @@ def main(argv: list[str] | None = None):
         if out.is_dir() and any(f.name != MARK and f.name[0] != "." for f in out.iterdir()):
             raise ValueError(f"--export {out} holds an export already: choose a new folder")
     elif not args.score:
-        captions = read_prompts(args)  # a mistake shows before a large model is loaded
+        captions = read_captions(args)  # a mistake shows before a large model is loaded
         claim(args.folder, *OWNER)
     pipelines = {name: args.open(name) for name in (args.run, *args.against)}
     pipeline = pipelines[args.run]

@@ -8,6 +8,7 @@ errors     what went wrong ends in one line
 """
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -149,22 +150,37 @@ def line_of(error: Exception, which: int = 0) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[which].strip()
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty. FileNotFoundError or ValueError if none is."""
+def read_prompts(path: Path, what: str) -> list[dict]:
+    """Rows with a "prompt": each line of a text file, or of a .jsonl, with its other keys.
+
+    Raises FileNotFoundError or ValueError: the file, the line, the rule.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{what} {path} is not there: give a text file, one on each line")
+    if path.suffix in (".csv", ".tsv", ".json"):
+        raise ValueError(f"{what} {path} must be plain text or .jsonl: write one on each line")
     # utf-8-sig: some editors begin a file with a mark that is no part of its text. And only "\n"
     # ends a line: splitlines() would also cut a text at rare signs inside it.
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {path} must be text in UTF-8: {error}") from error
-    if not any(lines):
+    rows = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        try:
+            if path.suffix != ".jsonl" and line[:1] in ("{", "["):
+                raise ValueError("JSON in another file")
+            row = json.loads(line or "{}") if path.suffix == ".jsonl" else {"prompt": line}
+            if line and row["prompt"].strip():
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{what} {path}: line {number} is no prompt; a file of JSON objects with a"
+                ' "prompt" is called .jsonl'
+            ) from error
+    if not rows:
         raise ValueError(f"{what} {path} is empty: write one on each line")
-    table = path.suffix in (".csv", ".json", ".jsonl", ".tsv")
-    if table or any(line[:1] in ("{", "[") for line in lines):
-        raise ValueError(f"{what} {path} must be plain text, no table: write one on each line")
-    return [line for line in lines if line]
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import sample_t2i
 from common.pipeline import Pipeline
-from common.start import owned
+from common.start import owned, read_prompts
 from tools import enhance, geneval, pairs, show
 
 METADATA = [
@@ -71,7 +71,7 @@ def tiny_chat(folder, plain=False, silent=False):
 @pytest.mark.parametrize("plain, silent", [(False, False), (True, False), (True, True)])
 def test_prompts_are_rewritten_in_order_or_stay(tmp_path, plain, silent):
     model, prompts = tiny_chat(tmp_path / "chat", plain, silent), tmp_path / "prompts.txt"
-    lines = ["a ring", "a red ring with stars " * 3, "stars"]
+    lines = ["a ring", " ".join(["a red ring with stars"] * 3), "stars"]
     prompts.write_text("\n\n".join(lines))
     call(enhance.main, "--model", model, prompts, "--out", tmp_path / "out.txt")
     found = (tmp_path / "out.txt").read_text().splitlines()
@@ -84,7 +84,7 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
     """And what was rewritten before keeps its first prompt."""
     out = tmp_path / "enhanced.jsonl"
     call(enhance.main, "--model", tiny_chat(tmp_path / "chat"), metadata, "--out", out)
-    for before, row in zip(METADATA, enhance.read_rows(out), strict=True):
+    for before, row in zip(METADATA, read_prompts(out, "--prompts"), strict=True):
         assert row["prompt"] != before["prompt"]
         assert row == {"original": before["prompt"], **before, "prompt": row["prompt"]}
 
@@ -92,16 +92,21 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("none.txt", None, "No such file or directory"),
-        ("empty.txt", "\n \n", "empty.txt has no prompt: write one on each line"),
-        ("bad.jsonl", '{"prompt": "a"}\n{"tag": "colors"}', "line 2 is no JSON object with a"),
-        ("half.jsonl", '{"prompt"', "line 1 is no JSON object with a prompt"),
-        ("list.jsonl", '["a"]', "line 1 is no JSON object with a prompt"),
-        ("number.jsonl", '{"prompt": 1}', "line 1 is no JSON object with a prompt"),
+        ("none.txt", None, "none.txt is not there: give a text file"),
+        ("empty.txt", "\n \n", "empty.txt is empty: write one on each line"),
+        (
+            "bad.jsonl",
+            '{"prompt": "a"}\n{"tag": "colors"}',
+            "line 2 is no prompt; a file of JSON objects",
+        ),
+        ("half.jsonl", '{"prompt"', "line 1 is no prompt"),
+        ("list.jsonl", '["a"]', "line 1 is no prompt"),
+        ("number.jsonl", '{"prompt": 1}', "line 1 is no prompt"),
+        ("rows.csv", "prompt", "rows.csv must be plain text or .jsonl"),
         (
             "rows.ndjson",
             'a ring\n {"prompt": "a"}',
-            "line 2 is no prompt: call a file of JSON .jsonl",
+            'line 2 is no prompt; a file of JSON objects with a "prompt" is called .jsonl',
         ),
         ("rows.jsonl", '{"prompt": "a"}', "out.txt must end like"),
         ("good.txt", "a ring", "could not be loaded"),

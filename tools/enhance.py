@@ -18,7 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.settings import Options, option, parse
-from common.start import check_free, choose_device, line_of, program, write_whole
+from common.start import (
+    check_free,
+    choose_device,
+    line_of,
+    program,
+    read_prompts,
+    write_whole,
+)
 from inputs.encoders import pretrained
 
 ANSWER = 128  # tokens, at most
@@ -26,29 +33,6 @@ ASK = (
     "Rewrite this prompt for an image generator as one detailed sentence. Keep every object,"
     " number, colour and position it names. Answer with the sentence alone.\n\n"
 )
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows with a "prompt": each line of a text file, or of a .jsonl, with its other keys.
-
-    Raises FileNotFoundError or ValueError: the file, the line, the rule.
-    """
-    rows = []
-    # split("\\n") and not splitlines(), which also cuts a text at rare signs inside it
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl" and line.lstrip()[0] in "{[":
-            raise ValueError(f"{path}: line {number} is no prompt: call a file of JSON .jsonl")
-        try:
-            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.rstrip("\r")}
-            if str.strip(row["prompt"]):
-                rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is no JSON object with a prompt") from error
-    if not rows:
-        raise ValueError(f"{path} has no prompt: write one on each line")
-    return rows
 
 
 def enhance(prompts: list[str], name: str, device) -> list[str]:
@@ -91,7 +75,7 @@ class Settings(Options):
 @program("tools.enhance")
 def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
-    rows = read_rows(args.prompts)
+    rows = read_prompts(args.prompts, "PROMPTS")
     check_free(args.out)
     if args.out.suffix != args.prompts.suffix:
         raise ValueError(f"--out {args.out} must end like {args.prompts}: it is of the same kind")

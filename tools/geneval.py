@@ -24,8 +24,7 @@ from tqdm import tqdm
 from common.pictures import SIGN, strip
 from common.pipeline import Pipeline, Sampling
 from common.settings import Parted, option, parse, read_json
-from common.start import claim, owned, program, write_whole
-from tools.enhance import read_rows
+from common.start import claim, owned, program, read_prompts, write_whole
 
 
 def whole(file: Path) -> bool:
@@ -82,7 +81,7 @@ class Settings(Parted, Sampling):
 @program("tools.geneval")
 def main(argv=None):
     args = Settings(**parse(Settings, argv, __doc__))
-    rows = read_rows(args.metadata)
+    rows = read_prompts(args.metadata, "METADATA")
     claim(args.out, "tools.geneval")
     pipeline = args.open()
     pipeline.latent(args.size)  # before a folder is made, as the next

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import rf
 from common.pipeline import HOW, Pipeline, Sampling
 from common.settings import Parted, option, parse, read_json
-from common.start import claim, mark, program, read_lines, sweep, write_whole
+from common.start import claim, mark, program, read_prompts, sweep, write_whole
 from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
 from inputs.shapes import TAGS, World, draw_caption
 
@@ -129,7 +129,8 @@ class Settings(Parted, Sampling):
 @program("tools.pairs")
 def main(argv: list[str] | None = None):
     args = Settings(**parse(Settings, argv, __doc__))
-    lines = read_lines(args.prompts, "--prompts") if args.prompts else []
+    rows = read_prompts(args.prompts, "--prompts") if args.prompts else []
+    lines = [row["prompt"] for row in rows]
     claim(args.out, "tools.pairs")
     pipeline = args.open()
     facts = pipeline.facts | ({"shapes": 0} if lines else {})  # given captions cannot be scored
