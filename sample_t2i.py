@@ -104,6 +104,8 @@ class Settings(Parted, Sampling):
             raise ValueError(
                 f"--score reads pictures of the run's own size: drop --size {self.size}"
             )
+        if self.at_steps and self.steps:
+            raise ValueError("--at-steps takes the place of --steps: drop one")
         if (self.against or self.at_steps) and not self.score:
             raise ValueError("--against and --at-steps need --score")
         pictures.png_path(self.out)

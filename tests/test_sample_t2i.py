@@ -284,6 +284,7 @@ def test_a_whole_pipeline_goes_out_and_comes_in(tmp_path):
         ),
         (["shapes", "a ring", "--device", "cuda:99"], "'cuda:99' is not here; this machine has: "),
         (["shapes", "--score", "--size", 8], "pictures of the run's own size: drop --size 8"),
+        (["shapes", "--score", "--at-steps", 1, "--steps", 2], "takes the place of --steps: drop"),
         (["shapes", "--score", "--at-steps", 1, 0], "--at-steps 0 must be at least 1"),
         (["nowhere", "a ring"], "holds no weights: train it first, or give another run"),
         (["digits", "ten"], "'ten' is no word of this model; it knows: 0, 1, 2"),
