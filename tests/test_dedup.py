@@ -165,7 +165,7 @@ def alone(folder, monkeypatch):
 @pytest.mark.parametrize(
     "model, how, reason",
     [
-        (silent, [], "wrote an empty caption for every image"),
+        (silent, [], "wrote no caption for 3 images"),
         (alone, ["--ask", "Which"], "is no chat model and cannot be asked: drop --ask"),
         (ill, [], "could not be used"),
     ],

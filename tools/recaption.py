@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None):
         table["recaption"] += [said or None for said in write(list(images))]
     empty = table["recaption"].count(None)
     if empty == len(table["row"]):
-        raise ValueError(f"--model {args.model} wrote an empty caption for every image")
+        raise ValueError(f"--model {args.model} wrote no caption for {empty} images")
     write_table(args.out, table, source.id)
     print(f"{args.out}: {len(table['row']) - empty:,} captions, {empty} images without one")
 
