@@ -176,7 +176,7 @@ def open_source(args: Reading) -> Source:
             raise ValueError(
                 f"SOURCE {name} holds {others[0].name} and {files[0].name}: move one away"
             )
-        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, end_of(f)) for f in files]
         id = zlib.crc32(repr(known).encode())
         for file in files if kind == ".tar" else ():
             check_tar(file)
@@ -211,6 +211,13 @@ def open_source(args: Reading) -> Source:
     image = next((c for c in (*typed, *columns) if c in table.features), "image")
     named = "file_name" in columns
     return Source(table, list(table.features), image, Path(*files[:1]).parent, id, named)
+
+
+def end_of(file: Path) -> int:
+    """The checksum of its last 64 KiB (a parquet file's table of contents)."""
+    with open(file, "rb") as opened:
+        opened.seek(-min(2**16, file.stat().st_size), os.SEEK_END)
+        return zlib.crc32(opened.read())
 
 
 def check_tar(file: Path):
