@@ -364,6 +364,8 @@ def integrate(
     The states are fp32 even if the model computes in bf16: many small steps are added up, and bf16
     would lose those that are below 1/256 of x.
 
+    null_text: the features of the empty caption; needed where cfg ≠ 1 (guided_velocity). solver: a
+    name in SOLVERS. return_trajectory: all states, (len(times), B, ...), not the last one alone.
     cfg_below: guidance begins when t has fallen to it (Kynkäänniemi et al. 2024, 2404.07724). In
     nearly pure noise guidance pushes all samples of a caption to the same layout; without it there,
     pictures vary more, and a higher cfg can be used below.

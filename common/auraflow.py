@@ -10,7 +10,6 @@ original one of fal's first release. KEYS maps ours to diffusers'; the original 
 diffusers. Weights are written in diffusers' layout only, which ComfyUI reads too.
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.settings import read_json
 from common.start import line_of
 from mmdit import MMDiT, MMDiTConfig
 
@@ -162,7 +162,7 @@ def load_auraflow(
     path = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = stored(path, device)
     beside = path / "config.json"
-    said = json.loads(beside.read_text()) if beside.is_file() else {}
+    said = read_json(beside) if beside.is_file() else {}
     head_dim = head_dim or said.get("attention_head_dim", 256)
     try:
         if "proj_out.weight" not in tensors:
@@ -180,8 +180,8 @@ def load_auraflow(
 
     n_double = layers("joint_transformer_blocks.")
     patch = said.get("patch_size", 2 if values % 4 == 0 else 1)
-    if values % patch**2:
-        raise ValueError(f"{beside} says patch_size {patch}, the weights have {values} values")
+    if type(patch) is not int or patch < 1 or values % patch**2:
+        raise ValueError(f"{beside} says patch_size {patch!r}, the weights have {values} values")
     config = MMDiTConfig(
         in_channels=values // patch**2,
         patch_size=patch,

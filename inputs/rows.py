@@ -172,7 +172,10 @@ class WindowOrder:
 
 
 class Order(WindowOrder):
-    """All rows of a source in a new permutation each epoch: each must be cheap to read."""
+    """All rows of a source in a new permutation each epoch: each must be cheap to read.
+
+    It is the order above with one range, and so one window, that holds them all.
+    """
 
     def __init__(self, rows: int, seed: int):
         super().__init__([(0, Range(0, "train", 1, 1, 0, rows))], 1, (0, seed))

@@ -255,14 +255,18 @@ def test_a_judge_compares_pictures_with_real_ones_and_captions(home, monkeypatch
         ("clip", "shapes", "--judge is for images of your own"),
         ("clip", "none", "needs at least 2 held-out rows, not 0: prepare again with --validation"),
         ("t5", "many", "t5 could not be loaded: its files lack"),
+        ("whole", "many", "whole is a 't5' model, must be clip"),
         ("pickle", "many", "pickle could not be loaded"),
         ("nowhere", "many", "--judge .*nowhere could not be loaded"),
     ],
 )
 def test_what_is_no_judge_is_refused(home, tmp_path, name, data, message):
     clip = tmp_path / name
-    if name == "t5":
+    if name in ("t5", "whole"):
         tiny_t5(clip)
+        if name == "whole":  # with a decoder: nothing is missing
+            config = transformers.T5Config.from_pretrained(clip)
+            transformers.T5Model(config).save_pretrained(clip)
     elif name == "pickle":
         shutil.copytree(home / "clip", clip)
         torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")

@@ -236,6 +236,11 @@ def test_the_network_is_exported(home, tmp_path, capsys):
     again, ours = load_auraflow(tmp_path / "four"), Pipeline.open(run).model
     close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
     assert (again.config.patch_size, again.config.in_channels) == (4, 3)
+    file = tmp_path / "four" / "config.json"
+    for patch in ("4", 0, 5):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": patch}))
+        with pytest.raises(ValueError, match=f"config.json says patch_size {patch!r}, the weights"):
+            load_auraflow(tmp_path / "four")
 
 
 def test_a_killed_export_leaves_nothing_that_counts(home, tmp_path, monkeypatch):

@@ -94,11 +94,7 @@ def test_rows_of_geneval_keep_their_keys(tmp_path, metadata):
     [
         ("none.txt", None, "none.txt is not there: give a text file"),
         ("empty.txt", "\n \n", "empty.txt is empty: write one on each line"),
-        (
-            "bad.jsonl",
-            '{"prompt": "a"}\n{"tag": "colors"}',
-            "line 2 is no prompt; a file of JSON objects",
-        ),
+        ("bad.jsonl", '{"prompt": "a"}\n{"tag": "colors"}', "line 2 is no prompt"),
         ("half.jsonl", '{"prompt"', "line 1 is no prompt"),
         ("list.jsonl", '["a"]', "line 1 is no prompt"),
         ("number.jsonl", '{"prompt": 1}', "line 1 is no prompt"),
