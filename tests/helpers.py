@@ -123,7 +123,7 @@ def t2i(argv=None):
 
 @contextmanager
 def once_there(path, action):
-    """Inside, a thread calls action() as soon as the path exists."""
+    """Inside, a thread calls action() as soon as the path exists; here and now, if it does."""
     ended = threading.Event()
 
     def watch():
@@ -134,6 +134,8 @@ def once_there(path, action):
 
     thread = threading.Thread(target=watch)
     thread.start()
+    if path.exists():  # the thread may come to it later than what follows
+        thread.join()
     try:
         yield
     finally:
