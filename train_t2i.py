@@ -102,7 +102,8 @@ from common.start import (
     real,
     still_there,
 )
-from inputs.rows import Batch, Copier, DataOptions, Rows
+from inputs.rows import Batch, DataOptions, Rows
+from inputs.stage import Copier
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
 FILES = ("log.csv", "eval.csv", "samples.png", "progress.png", "curves.png")  # and weights

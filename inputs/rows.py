@@ -29,17 +29,14 @@ import base64
 import json
 import os
 import re
-import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import merge
-from itertools import accumulate, islice, takewhile
-from math import ceil
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -58,6 +55,9 @@ from inputs.shapes import MAX_WORDS, Shapes, World
 SCHEMA = 5  # of prepared folders and pairs: a run refuses another one
 SHAPES_HELD, DIGITS_HELD, PAIRS_HELD = 512, 1000, 512  # rows for the validation loss, at most
 TIMES = 8  # the validation loss is asked at t = 0, 1/8, …, 7/8
+COPY_TRIES = 3  # a copy that arrives broken is made again so often
+FAILED = "failed"  # a file in the stage: what went wrong
+POLL = 0.02  # seconds between looks at whether a file is there
 
 Text = Tensor | Ragged | list[str]  # what an encoder's `prepare` gives, and its `expand` takes
 
@@ -630,6 +630,17 @@ class PreparedFolder(Source):
         return [next((c for c in captions if c), "") for captions in every]
 
 
+def wait_for(path: Path, failed: Path):
+    """Until the copier has brought the file. OSError if it says that it cannot, or the run died."""
+    parent = os.getppid()
+    while not path.exists():
+        if failed.exists():
+            raise OSError(failed.read_text() or "staging failed")
+        if os.getppid() != parent:
+            raise OSError("the run has died")
+        time.sleep(POLL)
+
+
 # ------------------------------------------------------------------------------------------------
 # Pairs
 # ------------------------------------------------------------------------------------------------
@@ -774,6 +785,20 @@ class PairsFolder(Source):
 # ------------------------------------------------------------------------------------------------
 # Rows: all of --data
 # ------------------------------------------------------------------------------------------------
+
+
+class Use(NamedTuple):
+    """A chunk is needed by the samples `first` … `last` − 1 of the run."""
+
+    folder: PreparedFolder
+    chunk: int
+    first: int
+    last: int
+
+    @property
+    def file(self) -> tuple[Path, int]:
+        """Where the copy lies, and its bytes."""
+        return self.folder.path(self.chunk), self.folder.manifest["chunks"][self.chunk]["bytes"]
 
 
 class Batch(NamedTuple):
@@ -1011,138 +1036,3 @@ class Rows:
         step, rest = divmod(seen, B)  # rest: not 0 if a resume has changed --batch-size
         each = (of_stream(s, self.batches_before(s, step)) for s in range(len(self.streams)))
         return merge(*each, key=lambda use: use.first)
-
-
-# ------------------------------------------------------------------------------------------------
-# The copier: chunks on fast local storage, ahead of their use
-# ------------------------------------------------------------------------------------------------
-
-FAILED = "failed"  # a file in the stage: what went wrong
-POLL = 0.02  # seconds between looks at whether it is time, or whether a file is there
-COPY_TRIES = 3  # a copy that arrives broken is made again so often
-LOOK_AHEAD, MOST_USES = 8, 2**17  # epochs, and uses in them, that --stage-limit is checked for
-
-
-class Use(NamedTuple):
-    """A chunk is needed by the samples `first` … `last` − 1 of the run."""
-
-    folder: PreparedFolder
-    chunk: int
-    first: int
-    last: int
-
-    @property
-    def file(self) -> tuple[Path, int]:
-        """Where the copy lies, and its bytes."""
-        return self.folder.path(self.chunk), self.folder.manifest["chunks"][self.chunk]["bytes"]
-
-
-class Copier(threading.Thread):
-    """Copies chunks into the stage in the order of their use, never more than `limit` bytes, and
-    deletes them when the run has passed them. So data may be larger than the local disk.
-
-    One copier on each node, in a thread of its first rank. The file system carries all messages:
-    ranks and workers only wait for files to appear. Chunks with held-out rows come first and stay.
-    What an earlier run left in the folder goes.
-    Raises ValueError if the limit is less than what is in use at one time.
-    """
-
-    def __init__(self, rows: Rows, limit: float, seen: int = 0):
-        super().__init__(daemon=True)
-        self.rows, self.limit, self.seen, self.closed = rows, limit, seen, False
-        self.staged: dict[Path, tuple[int, float]] = {}  # file → bytes, end of its use
-        self.stage = rows.sources[0].stage
-        held = {(s, r.chunk) for s in rows.sources for r in s.ranges if r.split != "train"}
-        self.kept = [Use(folder, chunk, 0, 2**62) for folder, chunk in held]
-        least = self.least()
-        if limit < least:
-            raise ValueError(
-                f"--stage-limit {limit / 1e9:g} GB must be at least {ceil(least / 1e3) / 1e6:g} GB"
-                " for the chunks in use at one time: raise it, or lower --window"
-            )
-        self.stage.mkdir(parents=True, exist_ok=True)
-        for file in (*self.stage.rglob("*.arrow"), *self.stage.rglob(".*"), self.stage / FAILED):
-            file.unlink(missing_ok=True)
-        for use in self.kept:
-            self._stage(use)
-
-    def least(self) -> int:
-        """The most bytes that are in use at one time in the next epochs."""
-        active: dict[Path, tuple[int, float]] = {}
-        peak = 0
-        end = self.seen + LOOK_AHEAD * self.rows.epoch
-        ahead = takewhile(lambda use: use.first < end, self.rows.uses(self.seen))
-        for use in (*self.kept, *islice(ahead, MOST_USES)):
-            active = {file: of for file, of in active.items() if of[1] > use.first}
-            file, size = use.file
-            active[file] = size, max(use.last, active.get(file, (0, 0))[1])
-            peak = max(peak, sum(size for size, _ in active.values()))
-        return peak
-
-    def begin(self, seen: int):
-        """Start: after the loader's workers, which must not inherit a thread."""
-        self.seen = seen
-        self.start()
-
-    def passed(self, seen: int):
-        """The run has finished the samples before `seen`."""
-        self.seen = seen
-
-    def close(self):
-        """Stop, and let no reader wait any longer."""
-        self.closed = True
-        if self.is_alive():
-            self.join()
-        self._tell("the run has ended")
-
-    def _tell(self, reason: str):
-        """Readers look for this file while they wait."""
-        with suppress(OSError):
-            write_whole(self.stage / FAILED, reason.encode())
-        with suppress(OSError):  # on a full disk, say: an empty file is heard too
-            (self.stage / FAILED).touch()
-
-    def run(self):
-        try:
-            for use in self.rows.uses(self.seen):
-                while not self._room(use):
-                    if self.closed:
-                        return
-                    time.sleep(POLL)
-                self._stage(use)
-        except Exception as error:  # of a dozen file systems: the ranks that wait must hear of it
-            self._tell(f"staging failed: {error}")
-
-    def _stage(self, use: Use):
-        file, size = use.file
-        if file not in self.staged:
-            use.folder.fetch(use.chunk, file)
-        _, last = self.staged.get(file, (0, 0))
-        self.staged[file] = size, max(last, use.last)
-
-    def _room(self, use: Use) -> bool:
-        """Whether it is time, and there is room when all that is passed is dropped."""
-        target, size = use.file
-        for file in [f for f, (_, last) in self.staged.items() if last <= self.seen]:
-            if file != target:
-                file.unlink()
-                del self.staged[file]
-        used = sum(size for size, _ in self.staged.values())
-        fits = target in self.staged or used + size <= self.limit
-        if use.first <= self.seen and not fits:  # nothing more will be dropped
-            raise ValueError(
-                f"--stage-limit {self.limit / 1e9:g} GB is full of chunks in use: resume with more,"
-                " or a lower --window"
-            )
-        return fits and use.first <= self.seen + self.rows.epoch
-
-
-def wait_for(path: Path, failed: Path):
-    """Until the copier has brought the file. OSError if it says that it cannot, or the run died."""
-    parent = os.getppid()
-    while not path.exists():
-        if failed.exists():
-            raise OSError(failed.read_text() or "staging failed")
-        if os.getppid() != parent:
-            raise OSError("the run has died")
-        time.sleep(POLL)

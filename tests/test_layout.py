@@ -30,6 +30,7 @@ inputs.digits
 inputs.shapes
 inputs.encoders
 inputs.rows
+inputs.stage
 common.auraflow
 common.pipeline
 common.evaluate

@@ -1,4 +1,4 @@
-"""inputs/rows.py: each kind of rows, what a run draws of them, and the copier of chunks."""
+"""inputs/rows.py, stage.py: each kind of rows, what a run draws of them, the copier of chunks."""
 
 import base64
 import io
@@ -31,7 +31,6 @@ from inputs import digits
 from inputs.encoders import HashText, TextFormat
 from inputs.rows import (
     FAILED,
-    Copier,
     PreparedFolder,
     Range,
     WindowOrder,
@@ -39,6 +38,7 @@ from inputs.rows import (
     row_checks,
 )
 from inputs.shapes import Shapes, World
+from inputs.stage import Copier
 from tools import pairs
 from train_t2i import loader
 
