@@ -57,7 +57,8 @@ from common.start import (
     real,
     write_whole,
 )
-from inputs.rows import Batch, DataOptions, Rows
+from inputs.rows import Batch, Rows
+from inputs.sources import DataOptions
 from mmdit import PRESETS, RESIDUALS, MMDiT, fitted
 
 # What a run leaves in its folder. If one of these exists, the folder holds a run.
@@ -96,7 +97,7 @@ class Settings(DataOptions):
 
     fixed: a resumed run must have the same value. What is not fixed may change from the checkpoint
     on (--resume --steps 10000 --lr 0.003), and log.csv says so. local: belongs to this call and is
-    not saved. DataOptions (inputs/rows.py) adds the options of the data.
+    not saved. DataOptions (inputs/sources.py) adds the options of the data.
     """
 
     DATA = "auto"  # the data if --data is not given

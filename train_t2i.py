@@ -102,7 +102,8 @@ from common.start import (
     real,
     still_there,
 )
-from inputs.rows import Batch, DataOptions, Rows
+from inputs.rows import Batch, Rows
+from inputs.sources import DataOptions
 from inputs.stage import Copier
 from mmdit import RESIDUALS, MMDiT, fitted, save_model
 
@@ -152,8 +153,8 @@ class Settings(DataOptions):
 
     fixed: a resumed run must have the same value. What is not fixed may change from the checkpoint
     on (--resume --samples 2000000 --lr 0.002), and log.csv says so. local: belongs to this call and
-    is not saved. DataOptions (inputs/rows.py) adds the options of the data; RECIPES give defaults
-    to some.
+    is not saved. DataOptions (inputs/sources.py) adds the options of the data; RECIPES give some
+    of the defaults.
     """
 
     DATA = "shapes"  # the data if --data is not given

@@ -23,8 +23,9 @@ from torch.nn.functional import cosine_similarity
 import rf
 from common.pipeline import draw, fixed_noise
 from inputs.encoders import pretrained
-from inputs.rows import TIMES, Rows, Text
+from inputs.rows import Rows
 from inputs.shapes import TAGS, obeyed, prompts_by_tag, scores
+from inputs.sources import TIMES, Text
 
 EVAL_BATCH = 128  # images at a time
 COLUMNS, ROWS = 6, 4  # of a sheet of captioned pictures

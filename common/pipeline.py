@@ -46,7 +46,8 @@ from inputs.encoders import (
     same_models,
     text_encoder,
 )
-from inputs.rows import Facts, open_rows
+from inputs.rows import open_rows
+from inputs.stored import Facts
 from mmdit import MMDiT, MMDiTConfig, checksum, load_model, save_model
 
 # AuraFlow's own pipeline: 1024 pixels, guidance 3.5, 50 Euler steps on a grid shifted by 1.73

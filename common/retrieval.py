@@ -21,7 +21,7 @@ from torchvision.transforms.functional import resize
 
 from common import pictures as sheets
 from inputs.encoders import to_unit
-from inputs.rows import Source
+from inputs.sources import Source
 
 BATCH = 128  # pictures at a time
 NEAREST = 4  # pictures of training beside a drawing

@@ -42,7 +42,7 @@ from common.settings import Options, option, parse
 from common.start import Signals, begin, claim, mark, program
 from experiments.measure import interleaved, report, summary
 from inputs.encoders import TextFormat
-from inputs.rows import SCHEMA
+from inputs.stored import SCHEMA
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 from sample_t2i import Graphed
 from tools.prepare import finish, write_chunk

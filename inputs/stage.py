@@ -16,7 +16,8 @@ from math import ceil
 from pathlib import Path
 
 from common.start import write_whole
-from inputs.rows import FAILED, POLL, Rows, Use
+from inputs.rows import Rows, Use
+from inputs.stored import FAILED, POLL
 
 LOOK_AHEAD, MOST_USES = 8, 2**17  # epochs, and uses in them, that --stage-limit is checked for
 

@@ -22,7 +22,8 @@ import train_mnist
 import train_t2i
 from common.pipeline import Exported, Pipeline, Record, checkpoints, settle_run
 from common.settings import Checked, flag, hints_of
-from inputs.rows import Manifest, PairsHeader, open_rows
+from inputs.rows import open_rows
+from inputs.stored import Manifest, PairsHeader
 from tools import prepare
 from tools.prepare import Entry
 

@@ -15,7 +15,7 @@ from helpers import records
 from common import cpu, log, start
 from common.settings import Options, Parted, changes, option, parse, settle
 from common.start import NOTHING, SAVE, STOP, Signals
-from inputs.rows import Damaged
+from inputs.sources import Damaged
 from mmdit import Linear
 
 # --- settings ------------------------------------------------------------------------------------

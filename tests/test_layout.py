@@ -29,6 +29,8 @@ common.pictures
 inputs.digits
 inputs.shapes
 inputs.encoders
+inputs.sources
+inputs.stored
 inputs.rows
 inputs.stage
 common.auraflow

@@ -22,7 +22,7 @@ from common import log, start
 from common.pictures import png_path
 from common.pipeline import Pipeline
 from experiments import distill
-from inputs.rows import PairsFolder
+from inputs.stored import PairsFolder
 from tools import plan, prepare, show
 
 SHORT = """--data mnist --preset digits-narrow --device cpu --batch-size 4 --warmup-steps 1

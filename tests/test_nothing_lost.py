@@ -24,7 +24,8 @@ from common import log, start
 from common.evaluate import Ranks, validation
 from common.pictures import progress, strip
 from common.pipeline import Pipeline
-from inputs.rows import PairsFolder, open_rows
+from inputs.rows import open_rows
+from inputs.stored import PairsFolder
 from mmdit import PRESETS, MMDiT, save_model
 from tools import dedup, enhance, geneval, pairs, prepare
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import rf
 from common.evaluate import asked
 from inputs.encoders import HashText, Words
-from inputs.rows import PairsFolder
 from inputs.shapes import World, one_in
+from inputs.stored import PairsFolder
 from mmdit import load_model
 from tools import pairs
 from tools.pairs import main

@@ -28,7 +28,8 @@ from test_encoders import tiny_t5, tiny_vae
 
 from common.pipeline import Pipeline
 from inputs.encoders import VAE, HashText, text_encoder
-from inputs.rows import Damaged, PreparedFolder
+from inputs.sources import Damaged
+from inputs.stored import PreparedFolder
 from rf import mix_seed
 from tools import dedup, prepare
 

@@ -16,7 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 import sample_t2i
 from common.retrieval import Gallery, retrieved
 from inputs.encoders import HashText, image_encoder
-from inputs.rows import PreparedFolder, open_rows
+from inputs.rows import open_rows
+from inputs.stored import PreparedFolder
 from tools import prepare
 
 TONES = ("", ": light", ": dark")

@@ -29,16 +29,10 @@ import rf
 from common.evaluate import Ranks
 from inputs import digits
 from inputs.encoders import HashText, TextFormat
-from inputs.rows import (
-    FAILED,
-    PreparedFolder,
-    Range,
-    WindowOrder,
-    manifest_check,
-    row_checks,
-)
 from inputs.shapes import Shapes, World
+from inputs.sources import Range, WindowOrder
 from inputs.stage import Copier
+from inputs.stored import FAILED, PreparedFolder, manifest_check, row_checks
 from tools import pairs
 from train_t2i import loader
 

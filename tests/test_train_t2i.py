@@ -42,8 +42,8 @@ from common.evaluate import Judge, Ranks, asked, draw_asked, validation
 from common.memory import largest_pass
 from common.pictures import read_png
 from common.pipeline import Pipeline, checkpoints, load_shard, mark_of, read_averages
-from inputs.rows import pairs_check
 from inputs.shapes import TAGS
+from inputs.stored import pairs_check
 from mmdit import MMDiT, fitted
 from train_t2i import RECIPES, Settings, learning_rate, part_of_row, read_ds_config
 

@@ -27,8 +27,8 @@ import rf
 from common.pipeline import HOW, Pipeline, Sampling
 from common.settings import Parted, option, parse, read_json
 from common.start import claim, mark, program, read_prompts, sweep, write_whole
-from inputs.rows import SCHEMA, PairsHeader, pairs_check, read_pairs
 from inputs.shapes import TAGS, World, draw_caption
+from inputs.stored import SCHEMA, PairsHeader, pairs_check, read_pairs
 
 WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
 

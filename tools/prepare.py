@@ -6,7 +6,7 @@
     fit       crop and scale to the bucket whose shape is nearest (equal area, multiples of a unit)
     encode    the VAE's mean and log-variance, text features
     write     a chunk: --chunk-rows places of the shuffled source, sorted by bucket
-    finish    once all chunks are there: manifest.json, which inputs/rows.py reads
+    finish    once all chunks are there: manifest.json, which inputs/stored.py reads
 
     data/my/prepare.json         the options: another attempt, or another part, must have the same
     data/my/chunks/00000.arrow   the rows of a chunk, in Arrow's stream format
@@ -81,15 +81,8 @@ from common.start import (
     write_whole,
 )
 from inputs.encoders import TextFormat, image_encoder, text_encoder
-from inputs.rows import (
-    SCHEMA,
-    Chunk,
-    PreparedFolder,
-    Range,
-    checks_check,
-    manifest_check,
-    row_checks,
-)
+from inputs.sources import Range
+from inputs.stored import SCHEMA, Chunk, PreparedFolder, checks_check, manifest_check, row_checks
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")  # if none has the type
