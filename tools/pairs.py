@@ -27,7 +27,7 @@ import rf
 from common.pipeline import HOW, Pipeline, Sampling
 from common.settings import Parted, option, parse, read_json
 from common.start import claim, mark, program, read_prompts, sweep, write_whole
-from inputs.shapes import TAGS, World, draw_caption
+from inputs.shapes import TRAINED, World, draw_caption
 from inputs.stored import SCHEMA, PairsHeader, pairs_check, read_pairs
 
 WORDS, NOISE = "pair words", "pair noise"  # purposes of seeds
@@ -46,8 +46,7 @@ def captions_of(pipeline: Pipeline, lines: list[str], n: int, seed: int) -> list
     if not facts["shapes"]:
         raise ValueError(f"{pipeline.origin} needs captions: give a file with --prompts")
     world = World.of(facts)
-    tags = (*TAGS, "combined")
-    return [draw_caption(rng, tags, held=False, world=world)[1] for _ in range(n)]
+    return [draw_caption(rng, TRAINED, held=False, world=world)[1] for _ in range(n)]
 
 
 def chunk_bytes(pipeline: Pipeline, about: dict, lines: list[str], i: int, batch: int, bar):
