@@ -6,9 +6,9 @@
 
 Left the standard parametrisation, in the middle the maximal-update one (muP, Tensor Programs V,
 2203.03466), as in AuraFlow's post, right muP with Muon for the hidden matrices (common/muon.py).
-Under muP the best rate of the narrowest network is the best one of all; under the standard one it
-falls as the network widens. A cell (parametrisation, width, rate, seed) that is in the CSV is not
-run again: stop at any time, add seeds, rates or widths, and start once more.
+Under muP the best rate of the narrowest network serves all the others; under the standard one the
+best rate falls as the network widens. A cell (parametrisation, width, rate, seed) that is in the
+CSV is not run again: stop at any time, add seeds, rates or widths, and start once more.
 """
 
 import csv

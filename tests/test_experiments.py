@@ -153,6 +153,9 @@ def test_there_and_back_has_the_solvers_order():
         found = table[table.solver == solver].slope
         assert np.isnan(found.iloc[0])
         assert found[1:].tolist() == pytest.approx([-order] * (len(found) - 1), abs=0.35), solver
+    sizes = data.square().flatten(1).mean(1).sqrt()  # the error of a picture is proportional to it
+    share = float(sizes.median() / sizes.square().mean().sqrt())
+    assert (table["median"] / table.rmse).tolist() == pytest.approx([share] * len(table), rel=1e-3)
 
 
 @pytest.mark.parametrize("facts", [DIGITS | {"size": 28}, SHAPES])
