@@ -234,7 +234,8 @@ def test_a_pass_is_as_large_as_the_memory_allows(done, tmp_path, monkeypatch):
             monkeypatch.setattr(train_t2i, "room", lambda *where: 0)
         out = train(tmp_path / f"run{room}", "--eval-every-samples", 80)
         a, b = ([float(row["loss"]) for row in records(x / "log.csv")] for x in (done, out))
-        assert a == pytest.approx(b, rel=0, abs=1e-5)
+        # Sums in another order: rounding, which twenty steps enlarge.
+        assert a[0] == pytest.approx(b[0], abs=1e-5) and a == pytest.approx(b, abs=2e-4)
     assert [config["gradient_accumulation_steps"] for config in made] == [1, 4]
 
 
