@@ -24,7 +24,7 @@ LOOK_AHEAD, MOST_USES = 8, 2**17  # epochs, and uses in them, that --stage-limit
 
 class Copier(threading.Thread):
     """Copies chunks into the stage in the order of their use, never more than `limit` bytes, and
-    deletes them when the run has passed them. So data may be larger than the local disk.
+    deletes them when the run has passed them.
 
     One copier on each node, in a thread of its first rank. The file system carries all messages:
     ranks and workers only wait for files to appear. Chunks with held-out rows come first and stay.

@@ -1,4 +1,4 @@
-"""inputs/rows.py, stage.py: each kind of rows, what a run draws of them, the copier of chunks."""
+"""inputs/sources, stored, rows, stage: each kind of rows, what a run draws of it, the copier."""
 
 import base64
 import io
