@@ -28,7 +28,8 @@ def draw(tag, n, world=TINY):
 def test_training_counts_twice_as_often():
     """Only counting says three or four, in half of its captions, and it is two of eight draws."""
     captions = [Shapes(TINY, seed=3)[i][1].split() for i in range(2000)]
-    assert 0.10 < np.mean([not {"three", "four"}.isdisjoint(words) for words in captions]) < 0.16
+    share = np.mean([not {"three", "four"}.isdisjoint(words) for words in captions])
+    assert 0.12 < share < 0.18  # once in seven draws it would be 0.095
 
 
 def one_attribute_changed(meaning, rng):
